@@ -1,0 +1,1 @@
+"""Requests, scheduling, model execution, sampling, weights; offline quantization beside the serving path."""

@@ -1,0 +1,138 @@
+"""Builds a running engine from its configuration: verify, load, size the cache, describe."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from anybit.engine.config import ConfigError, EngineConfig
+from anybit.engine.core import EngineCore
+from anybit.engine.errors import AnyBitError, CheckpointError
+from anybit.engine.machine import free_bytes, physical_cores, resolve_device
+from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.decoder import build_decoder
+from anybit.engine.models.registry import parse_config
+from anybit.engine.runner import Runner
+from anybit.engine.types import ModelInfo
+from anybit.engine.weights.accounting import bytes_read, linear_entries, vocabulary_entries, width_info
+from anybit.engine.weights.checkpoint import CheckpointReader
+from anybit.engine.weights.loader import NestedLoader
+from anybit.engine.weights.manifest import Manifest, manifest_sha256, verify_files
+from anybit.kvcache.pool import KVPool
+from anybit.kvcache.spec import PAGE_SIZE, KVSpec
+
+logger = logging.getLogger("anybit.engine")
+
+
+def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
+    """Load the checkpoint and return a core that is ready to step. Raises the errors of `engine.errors`."""
+    started = time.monotonic()
+    config.check()
+    torch.set_num_threads(config.threads or physical_cores())
+    device = resolve_device(config.device)
+    directory = Path(config.checkpoint)
+    reader = CheckpointReader(directory)
+    manifest = reader.manifest
+    verify_files(directory, manifest)
+    model_config = _read_config(directory)
+    bit_widths = _served_widths(config, manifest)
+    max_model_len = config.max_model_len or model_config.max_position_embeddings
+    if max_model_len > model_config.max_position_embeddings:
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {model_config.max_position_embeddings}.")
+
+    dtype = _compute_dtype(config.compute_dtype, device)
+    loader = NestedLoader(reader, bit_widths, config.lm_head_bits, device)
+    decoder = build_decoder(model_config, loader, max_model_len, dtype, device)
+    spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
+    num_pages = _num_pages(config, spec, max_model_len, device)
+    core = EngineCore(
+        Runner(decoder, KVPool(spec, num_pages, device), device),
+        spec,
+        num_pages,
+        config.max_num_seqs,
+        config.max_step_tokens,
+        max_model_len,
+        bytes_read_per_step={width: bytes_read(linear_entries(manifest), width) for width in bit_widths},
+        head_bytes_per_step=bytes_read(vocabulary_entries(manifest)[-1:], config.lm_head_bits),
+    )
+    info = ModelInfo(
+        name=config.model_name,
+        checkpoint=config.checkpoint,
+        checkpoint_hash=manifest_sha256(directory),
+        method=manifest.method,
+        source=manifest.source_name,
+        widths=[width_info(manifest, width, config.lm_head_bits) for width in bit_widths],
+        default_bit_width=config.default_bit_width,
+        lm_head_bits=config.lm_head_bits,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=_eos_token_ids(directory),
+        weights_bytes=dict(loader.resident_bytes),
+        kv_format=config.kv_format,
+        kv_bytes_per_token=spec.bytes_per_token,
+        kv_capacity_tokens=num_pages * PAGE_SIZE,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        compute_dtype=str(dtype).removeprefix("torch."),
+        reproducible=True,
+        load_seconds=time.monotonic() - started,
+    )
+    logger.info(
+        "Loaded %s in %.1f s: %.0f MiB of weights for widths %s, KV cache for %d tokens (%s, %d bytes a token).",
+        info.name,
+        info.load_seconds,
+        sum(info.weights_bytes.values()) / 2**20,
+        ", ".join(map(str, bit_widths)),
+        info.kv_capacity_tokens,
+        spec.format,
+        spec.bytes_per_token,
+    )
+    return core, info
+
+
+def _served_widths(config: EngineConfig, manifest: Manifest) -> tuple[int, ...]:
+    wanted = tuple(sorted(config.bit_widths or manifest.bit_widths))
+    absent = [width for width in (*wanted, config.default_bit_width, config.lm_head_bits) if width not in manifest.bit_widths]
+    if absent:
+        made = ", ".join(map(str, manifest.bit_widths))
+        raise ConfigError(f"The checkpoint was made for the widths {made}; {absent[0]} bits cannot be served from it.")
+    return wanted
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _num_pages(config: EngineConfig, spec: KVSpec, max_model_len: int, device: torch.device) -> int:
+    """Pages that fit the budget, no more than all sequences at full length could fill; at least one full sequence."""
+    budget = config.kv_cache_bytes or free_bytes(device) // 4
+    one_sequence = spec.pages_for(max_model_len)
+    pages = min(budget // spec.page_bytes, config.max_num_seqs * one_sequence)
+    if pages < one_sequence and not config.kv_cache_bytes:
+        raise AnyBitError(
+            f"A context of {max_model_len} tokens needs {one_sequence * spec.page_bytes >> 20} MiB of KV cache, but only "
+            f"{budget >> 20} MiB are free for it; lower --max-model-len."
+        )
+    return max(1, pages)
+
+
+def _read_config(directory: Path) -> DecoderConfig:
+    try:
+        return parse_config(json.loads((directory / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The file {directory / 'config.json'} cannot be read.") from error
+
+
+def _eos_token_ids(directory: Path) -> list[int]:
+    """From generation_config.json, else config.json; both hold one id or a list."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if path.is_file():
+            ids = json.loads(path.read_text()).get("eos_token_id")
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else [int(token_id) for token_id in ids]
+    return []

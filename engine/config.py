@@ -1,0 +1,64 @@
+"""How an engine is set up; checked once, when the engine starts."""
+
+from dataclasses import dataclass
+
+from anybit.engine.errors import AnyBitError
+
+DEVICES = ("auto", "cpu", "cuda")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+KV_FORMATS = ("bf16", "float32")
+BIT_WIDTHS = (2, 3, 4, 6, 8)
+
+
+class ConfigError(AnyBitError):
+    """A setting is out of range or two settings contradict each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine process.
+
+    `bit_widths` empty means every width of the checkpoint. `max_model_len` 0 means what the model was trained for.
+    `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free memory.
+    `threads` 0 means the physical cores. `max_step_tokens` bounds how many tokens one step computes, so that a long
+    prompt delays running sequences by no more than that.
+    """
+
+    checkpoint: str
+    model_name: str
+    bit_widths: tuple[int, ...] = ()
+    default_bit_width: int = 4
+    lm_head_bits: int = 8
+    kv_format: str = "bf16"
+    compute_dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    max_model_len: int = 0
+    max_num_seqs: int = 16
+    max_step_tokens: int = 256
+    kv_cache_bytes: int = 0
+
+    def check(self) -> None:
+        """Raise ConfigError, with the one sentence a user needs, unless every setting is usable."""
+        for width in (*self.bit_widths, self.default_bit_width, self.lm_head_bits):
+            if width not in BIT_WIDTHS:
+                raise ConfigError(f"Bit-width {width} is not one of {', '.join(map(str, BIT_WIDTHS))}.")
+        if self.bit_widths and self.default_bit_width not in self.bit_widths:
+            widths = ", ".join(map(str, self.bit_widths))
+            raise ConfigError(f"The default bit-width {self.default_bit_width} is not among the served widths {widths}.")
+        for name, value, choices in (
+            ("device", self.device, DEVICES),
+            ("KV format", self.kv_format, KV_FORMATS),
+            ("compute dtype", self.compute_dtype, COMPUTE_DTYPES),
+        ):
+            if value not in choices:
+                raise ConfigError(f"The {name} {value!r} is not one of {', '.join(choices)}.")
+        for name, number, least in (
+            ("threads", self.threads, 0),
+            ("max_model_len", self.max_model_len, 0),
+            ("max_num_seqs", self.max_num_seqs, 1),
+            ("max_step_tokens", self.max_step_tokens, 1),
+            ("kv_cache_bytes", self.kv_cache_bytes, 0),
+        ):
+            if number < least:
+                raise ConfigError(f"{name} is {number} but must be at least {least}.")

@@ -1,0 +1,41 @@
+"""What the machine offers: cores, memory, devices."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from anybit.engine.config import ConfigError
+
+
+def physical_cores() -> int:
+    """Physical cores this process may run on; logical ones where the topology is unknown."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in cpus:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
+    return max(1, len(siblings))
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is a GPU; ConfigError if CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("The device cuda was asked for, but PyTorch sees no GPU here.")
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def resident_bytes() -> int:
+    """Resident set size of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,103 @@
+"""The engine process: reads messages, steps, answers. Run by `ProcessEngine`, never by hand."""
+
+import logging
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+from anybit.engine.assemble import assemble
+from anybit.engine.core import EngineCore
+from anybit.engine.errors import AnyBitError
+from anybit.engine.machine import resident_bytes
+from anybit.engine.messages import Abort, AbortAll, EngineChannel, Events, Failed, Generate, Heartbeat, Ready, Start, ToEngine
+from anybit.engine.types import TokenEvent
+
+logger = logging.getLogger("anybit.engine")
+
+_HEARTBEAT_SECONDS = 0.25
+_IDLE_SECONDS = 1.0
+
+
+def main(file_descriptor: int) -> int:
+    """Serve one connection until the other end closes it; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
+    channel = EngineChannel(socket.socket(fileno=file_descriptor))
+    start = channel.receive()
+    if not isinstance(start, Start):
+        return 1
+    logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        core, info = assemble(start.config)
+    except AnyBitError as error:
+        channel.send(Failed(str(error)))
+        return 1
+    except Exception as error:
+        logger.exception("Loading failed.")
+        channel.send(Failed(f"The engine could not load the model: {type(error).__name__}: {error}"))
+        return 1
+    channel.send(Ready(info))
+    try:
+        _serve(core, channel)
+    except (BrokenPipeError, ConnectionResetError):
+        logger.info("The server is gone; the engine ends.")
+    return 0
+
+
+def _serve(core: EngineCore, channel: EngineChannel) -> None:
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive_all, args=(channel, inbox), daemon=True).start()
+    last_heartbeat = 0.0
+    was_busy = True
+    while True:
+        events, connected = _handle(core, inbox, wait=not core.has_work)
+        if not connected:
+            return
+        if core.has_work:
+            events += core.step()
+        elif was_busy:
+            core.check_integrity()
+        if events:
+            channel.send(Events(events))
+        now = time.monotonic()
+        if now - last_heartbeat >= _HEARTBEAT_SECONDS or was_busy != core.has_work:
+            channel.send(Heartbeat(core.take_stats(resident_bytes())))
+            last_heartbeat = now
+        was_busy = core.has_work
+
+
+def _receive_all(channel: EngineChannel, inbox: "queue.SimpleQueue[ToEngine | None]") -> None:
+    try:
+        while (message := channel.receive()) is not None:
+            inbox.put(message)
+    except OSError:
+        pass  # a reset connection is an end of file in other clothes
+    inbox.put(None)
+
+
+def _handle(
+    core: EngineCore, inbox: "queue.SimpleQueue[ToEngine | None]", wait: bool
+) -> tuple[list[TokenEvent], bool]:
+    """Apply every message that has arrived, waiting a while for one if `wait`; False when the server is gone."""
+    events: list[TokenEvent] = []
+    try:
+        message = inbox.get(timeout=_IDLE_SECONDS) if wait else inbox.get_nowait()
+        while True:
+            match message:
+                case None:
+                    return events, False
+                case Generate(request):
+                    events += core.add(request)
+                case Abort(request_id):
+                    events += core.abort(request_id)
+                case AbortAll():
+                    events += core.abort_all()
+            message = inbox.get_nowait()
+    except queue.Empty:
+        return events, True
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,50 @@
+"""Makes the checkpoint that a resolved model needs: fetch, quantize, measure, publish, all or nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from anybit.engine.errors import SourceError
+from anybit.engine.quantize.measure import quick_perplexity
+from anybit.engine.quantize.run import QuantizeOptions, quantize
+from anybit.engine.weights.cache import building, require_free_space
+from anybit.engine.weights.download import demo_gguf, hub_snapshot
+from anybit.engine.weights.manifest import Manifest, write_manifest
+from anybit.engine.weights.open_source import open_source
+from anybit.engine.weights.source import SourceModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total); a stage is one of "download", "quantize", "measure"."""
+
+
+def fetch_source(source: str, progress: Progress = lambda *_: None) -> SourceModel:
+    """Open "demo", a local path, or a hub repository, downloading what is not here."""
+    if source == "demo":
+        return open_source(demo_gguf(lambda done, total: progress("download", done, total)))
+    path = Path(source)
+    return open_source(path if path.exists() else hub_snapshot(source))
+
+
+def prepare_checkpoint(
+    source: str, destination: Path, options: QuantizeOptions, progress: Progress = lambda *_: None
+) -> Manifest:
+    """Quantize `source` into `destination`, which appears complete or not at all. Raises the errors of `engine.errors`."""
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise SourceError(f"{destination} already exists; choose another destination or remove it.")
+    model = fetch_source(source, progress)
+    require_free_space(destination, 2 * _source_bytes(model))
+    with building(destination) as partial:
+        manifest = quantize(model, partial, options, lambda done, total, _: progress("quantize", done, total))
+        perplexity, text = quick_perplexity(partial, model, lambda done, total: progress("measure", done, total))
+        manifest = msgspec.structs.replace(manifest, perplexity=perplexity, perplexity_text=text)
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _source_bytes(model: SourceModel) -> int:
+    path = Path(model.location)
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix == ".safetensors"]
+    return sum(file.stat().st_size for file in files)
+
+

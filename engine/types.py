@@ -1,0 +1,130 @@
+"""What crosses the border between server and engine: plain values, no tensors, no text.
+
+The engine speaks token ids only. Times are seconds; sizes are bytes; every value is immutable.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from anybit.engine.precision import Precision
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # a stop token was sampled (or, decided by the server, a stop string appeared)
+    LENGTH = "length"  # max_tokens or the context length was reached
+    ABORT = "abort"  # the client left or cancelled
+    ERROR = "error"  # this row failed; its neighbours did not
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. All bounds are checked by the server before this value exists."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps every token
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to complete: `len(prompt_token_ids) >= 1` and prompt + max_tokens fit `max_model_len`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    precision: Precision
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one sequence, in order. The last event of a sequence carries `finish_reason`.
+
+    A stop token that ended the sequence is not among `token_ids`. `queue_seconds` (arrival to first schedule) and
+    `prefill_seconds` (first schedule to first token) come with the first event; both are measured inside the engine.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WidthInfo:
+    """What one served width costs. Bits count the float parts (FORMATS: bit accounting)."""
+
+    bit_width: int
+    effective_bits: float  # linears only
+    effective_bits_with_head: float  # with embedding and LM head at their own width
+    bytes_read_per_token: int  # weight bytes one decode step reads, LM head included
+    equivalent_bytes: int  # what a separate checkpoint of this width alone would hold resident
+    perplexity: float | None = None  # as recorded in the checkpoint's manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the engine serves; constant from the moment it is ready."""
+
+    name: str
+    checkpoint: str  # directory
+    checkpoint_hash: str  # hex SHA-256 of the manifest
+    method: str
+    source: str
+    widths: list[WidthInfo]
+    default_bit_width: int
+    lm_head_bits: int
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    weights_bytes: dict[str, int]  # kind ("linear", "embedding", "norm") -> resident bytes
+    kv_format: str
+    kv_bytes_per_token: int
+    kv_capacity_tokens: int
+    device: str
+    compute_dtype: str
+    reproducible: bool
+    load_seconds: float
+
+    @property
+    def bit_widths(self) -> list[int]:
+        return [width.bit_width for width in self.widths]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine, sent after steps and at least every second while idle. Counters only grow."""
+
+    running: dict[int, int] = field(default_factory=dict)  # bit-width -> sequences being decoded or prefilled
+    waiting: dict[int, int] = field(default_factory=dict)  # bit-width -> sequences not yet scheduled
+    kv_pages_total: int = 0
+    kv_pages_used: int = 0
+    kv_bytes_total: int = 0
+    kv_bytes_used: int = 0
+    steps: int = 0
+    step_tokens: list[int] = field(default_factory=list)  # tokens of each step since the previous snapshot
+    weight_bytes_read: dict[int, int] = field(default_factory=dict)  # bit-width -> bytes since start
+    kernel_fallbacks: dict[str, int] = field(default_factory=dict)  # "kernel:reason" -> calls since start
+    resident_bytes: int = 0  # resident set size of the engine process
+
+
+class EngineState(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STALLED = "stalled"  # work is waiting and the engine has not reported for too long
+    LOST = "lost"  # the engine process ended
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    state: EngineState
+    detail: str = ""  # one sentence when the state is STALLED or LOST
+    seconds_since_heartbeat: float = 0.0

@@ -1,0 +1,81 @@
+"""Gives a decoder its weights: nested from a checkpoint to serve, float from a source model as the reference."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anybit.engine.layers.embedding import DenseVocabulary, NestedVocabulary
+from anybit.engine.layers.linear import DenseLinear, NestedLinear
+from anybit.engine.weights.checkpoint import CheckpointReader
+from anybit.engine.weights.source import SourceModel
+from anybit.kernels.nested import NestedWeight
+
+
+class NestedLoader:
+    """Copies each wanted stream straight from the mapped file to its final place: peak memory is one copy.
+
+    Only chunks up to the largest width wanted are read; embedding and head keep those of `lm_head_bits`.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        bit_widths: Sequence[int],
+        lm_head_bits: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._reader = reader
+        self._bit_widths = tuple(bit_widths)
+        self._lm_head_bits = lm_head_bits
+        self._device = device
+        self.resident_bytes: Counter[str] = Counter()
+
+    def linear(self, prefixes: Sequence[str], bias: bool) -> NestedLinear:
+        names = [f"{prefix}.weight" for prefix in prefixes]
+        weight = self._load(names, self._bit_widths)
+        self.resident_bytes["linear"] += weight.nbytes
+        biases = torch.cat([self.vector(f"{prefix}.bias") for prefix in prefixes]) if bias else None
+        return NestedLinear(weight, biases)
+
+    def vocabulary(self, prefix: str) -> NestedVocabulary:
+        weight = self._load([f"{prefix}.weight"], (self._lm_head_bits,))
+        self.resident_bytes["embedding"] += weight.nbytes
+        return NestedVocabulary(weight, self._lm_head_bits)
+
+    def vector(self, name: str) -> Tensor:
+        vector = self._reader.dense(name).to(self._device, torch.float32, copy=True)
+        self.resident_bytes["norm"] += vector.nbytes
+        return vector
+
+    def _load(self, names: Sequence[str], bit_widths: Sequence[int]) -> NestedWeight:
+        weight = self._reader.allocate(names, bit_widths, self._device)
+        start = 0
+        for name in names:
+            stop = start + self._reader.entry(name).shape[0]
+            self._reader.copy_nested(name, weight.rows(start, stop))
+            start = stop
+        return weight
+
+
+class DenseLoader:
+    """Weights as floats, straight from a source model; the float reference of an evaluation."""
+
+    def __init__(self, source: SourceModel, dtype: torch.dtype = torch.float32) -> None:
+        self._source = source
+        self._dtype = dtype
+
+    def linear(self, prefixes: Sequence[str], bias: bool) -> DenseLinear:
+        weight = torch.cat([self.matrix(f"{prefix}.weight") for prefix in prefixes])
+        biases = torch.cat([self.vector(f"{prefix}.bias") for prefix in prefixes]) if bias else None
+        return DenseLinear(weight, biases)
+
+    def vocabulary(self, prefix: str) -> DenseVocabulary:
+        return DenseVocabulary(self.matrix(f"{prefix}.weight"))
+
+    def vector(self, name: str) -> Tensor:
+        return self._source.tensor(name).to(torch.float32)
+
+    def matrix(self, name: str) -> Tensor:
+        return self._source.tensor(name).to(self._dtype)

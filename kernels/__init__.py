@@ -1,0 +1,1 @@
+"""Pure tensor functions: bit layouts, the oracle, and the implementations that execute them."""

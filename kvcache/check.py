@@ -1,0 +1,21 @@
+"""Invariants of the cache, checked whenever the engine is idle and after every test."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from anybit.kvcache.allocator import PageAllocator
+
+
+class IntegrityError(RuntimeError):
+    """Pages and their owners disagree: a bug, never a user's doing."""
+
+
+def check_integrity(allocator: PageAllocator, tables: Iterable[list[int]]) -> None:
+    """Raise IntegrityError unless every page is owned exactly as often as the live block tables name it."""
+    expected = Counter(page_id for table in tables for page_id in table)
+    for page_id in range(allocator.num_pages):
+        owners = allocator.owners(page_id)
+        if owners != expected[page_id]:
+            raise IntegrityError(f"Page {page_id} has {owners} owners but is named by {expected[page_id]} block tables.")
+    if allocator.num_used != len(expected):
+        raise IntegrityError(f"{allocator.num_used} pages are in use but {len(expected)} are named by block tables.")

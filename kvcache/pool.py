@@ -1,0 +1,35 @@
+"""The memory behind the pages."""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from anybit.kvcache.spec import PAGE_SIZE, KVSpec
+
+
+class KVPool:
+    """Keys and values of every page, per layer [pages, kv_heads, PAGE_SIZE, head_dim]."""
+
+    def __init__(self, spec: KVSpec, num_pages: int, device: torch.device | str = "cpu") -> None:
+        self.spec = spec
+        self.num_pages = num_pages
+        shape = (spec.num_layers, 2, num_pages, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
+        # Zeros, not garbage: masked keys are multiplied by a weight of 0, and 0 · NaN would not vanish.
+        if torch.device(device).type == "cpu":
+            # An anonymous mapping is zero and costs memory only where pages are used.
+            memory = mmap.mmap(-1, num_pages * spec.page_bytes)
+            self._pages = torch.frombuffer(memory, dtype=spec.dtype).view(shape)
+        else:
+            self._pages = torch.zeros(shape, dtype=spec.dtype, device=device)
+
+    def keys(self, layer: int) -> Tensor:
+        return self._pages[layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        return self._pages[layer, 1]
+
+    def write(self, layer: int, page_ids: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store new tokens: page_ids, offsets int64 [tokens]; keys, values [tokens, kv_heads, head_dim]."""
+        self._pages[layer, 0, page_ids, :, offsets] = keys.to(self.spec.dtype)
+        self._pages[layer, 1, page_ids, :, offsets] = values.to(self.spec.dtype)

@@ -1,0 +1,1 @@
+"""HTTP, the OpenAI protocol, admission, streaming, metrics and the command line. Never imports torch."""

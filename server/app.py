@@ -1,0 +1,70 @@
+"""The application: routes, middleware and lifespan around an engine that somebody else has made."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from anybit.engine.client import EngineClient
+from anybit.engine.errors import AnyBitError
+from anybit.server.auth import BearerAuthMiddleware
+from anybit.server.config import ServerConfig
+from anybit.server.errors import APIError, handle_api_error, handle_http_exception
+from anybit.server.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from anybit.server.openapi import DescribedApp
+from anybit.server.routes import chat, completions, models, ops
+from anybit.server.service import Service
+from anybit.server.version import anybit_version
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+
+def build_app(
+    engine: EngineClient, config: ServerConfig, on_load_failure: Callable[[Exception], None] | None = None
+) -> FastAPI:
+    """An application that serves `engine`; its Service is `app.state.service`.
+
+    The lifespan loads in the background, so that /health answers meanwhile, and closes the engine at the end.
+    `on_load_failure` is told when loading failed, for a caller that wants to stop then.
+    """
+    service = Service(engine, config, on_load_failure)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.load())
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await engine.close()
+
+    app = DescribedApp(
+        title="AnyBit",
+        version=anybit_version(),
+        description="One nested checkpoint served at any bit-width, behind an OpenAI-compatible API.",
+        lifespan=lifespan,
+        # The interactive pages load scripts from elsewhere, and a redirect would be built from the Host header.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.guarded = bool(config.api_keys)
+    for router in (completions.router, chat.router, models.router, ops.router):
+        app.include_router(router)
+    app.add_exception_handler(APIError, handle_api_error)
+    app.add_exception_handler(AnyBitError, handle_api_error)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+
+    # The last one added is the outermost: context, then key, then body.
+    count_rejection = service.metrics.count_rejection
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=config.max_body_bytes,
+        timeout_seconds=config.body_timeout_seconds,
+        count_rejection=count_rejection,
+    )
+    if config.api_keys:
+        app.add_middleware(BearerAuthMiddleware, keys=config.api_keys, count_rejection=count_rejection)
+    app.add_middleware(RequestContextMiddleware)
+    return app

@@ -1,0 +1,93 @@
+"""`anybit bench`: the project's own measurements."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from anybit.engine.config import EngineConfig
+from anybit.engine.weights.resolve import resolve_model
+from anybit.server.commands.options import (
+    DeviceOption,
+    GroupSizeOption,
+    JsonOption,
+    LmHeadBitsOption,
+    MethodOption,
+    ModelArgument,
+    SourceOption,
+    ThreadsOption,
+    parse_bit_widths,
+    parse_group_size,
+)
+from anybit.server.commands.preparation import ensure_prepared, stage_progress
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Measure this machine: tokens per second per width.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `decode` a subcommand while it is the only one."""
+
+
+@app.command()
+def decode(
+    model: ModelArgument = None,
+    bit_width: Annotated[str, typer.Option(help="Widths to measure.")] = "all",
+    batch: Annotated[str, typer.Option(help="Numbers of sequences decoded together.")] = "1,8",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache before the clock starts.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps per round.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")] = 3,
+    lm_head_bits: LmHeadBitsOption = 8,
+    threads: ThreadsOption = 0,
+    device: DeviceOption = "auto",
+    method: MethodOption = "rtn",
+    group_size: GroupSizeOption = "auto",
+    source: SourceOption = "wheel",
+    json_path: JsonOption = None,
+) -> None:
+    """Tokens per second of the decode loop, end to end without HTTP."""
+    try:
+        batches = [int(part) for part in batch.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or not all(1 <= size <= 256 for size in batches):
+        raise typer.BadParameter(f"{batch!r} is not a list of numbers from 1 to 256.")
+    bit_widths = parse_bit_widths(bit_width)
+    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
+    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+
+    from anybit.engine.bench.decode import bench_decode  # noqa: PLC0415 - loads torch
+
+    config = EngineConfig(
+        checkpoint=str(resolved.checkpoint),
+        model_name=resolved.name,
+        bit_widths=bit_widths,
+        default_bit_width=bit_widths[0],
+        lm_head_bits=lm_head_bits,
+        device=device,
+        threads=threads,
+    )
+    with stage_progress() as progress:
+        report = bench_decode(
+            config, bit_widths, batches, context, steps, rounds, lambda done, total: progress.update("bench", done, total)
+        )
+    Console().print(_table(report))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1))
+
+
+def _table(report: dict[str, Any]) -> Table:
+    title = f"{report['shape']} on {report['device']}, copy bandwidth {report['copy_gb_per_second']:.1f} GB/s"
+    table = Table("bits", "batch", "context", "tokens/s", "ms/step", "MiB of weights/step", "share of floor", title=title)
+    for row in report["rows"]:
+        table.add_row(
+            str(row["bit_width"]),
+            str(row["batch"]),
+            str(row["context"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['step_milliseconds']:.1f}",
+            f"{row['weight_bytes'] / 2**20:.1f}",
+            f"{row['floor_share']:.2f}",
+        )
+    return table

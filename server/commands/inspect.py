@@ -1,0 +1,59 @@
+"""`anybit inspect`: what is inside a checkpoint, and whether it is intact."""
+
+import json
+from typing import Any
+
+from anybit.engine.weights.resolve import resolve_model
+from anybit.server.commands.options import (
+    GroupSizeOption,
+    JsonOption,
+    LmHeadBitsOption,
+    MethodOption,
+    ModelArgument,
+    SourceOption,
+    parse_bit_widths,
+    parse_group_size,
+)
+from anybit.server.commands.preparation import ensure_prepared
+from rich.console import Console
+from rich.table import Table
+
+
+def inspect(
+    model: ModelArgument = None,
+    lm_head_bits: LmHeadBitsOption = 8,
+    method: MethodOption = "rtn",
+    group_size: GroupSizeOption = "auto",
+    source: SourceOption = "wheel",
+    json_path: JsonOption = None,
+) -> None:
+    """Show a checkpoint's method, tensors, effective bits and bytes per width, after verifying its hashes."""
+    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
+    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+
+    from anybit.engine.weights.description import describe_checkpoint  # noqa: PLC0415 - loads torch
+
+    report = describe_checkpoint(resolved.checkpoint, lm_head_bits)
+    console = Console()
+    console.print(f"{report['checkpoint']}: {report['source']}, method {report['method']}, group size {report['group_size']}")
+    console.print(f"{report['num_files']} files, {report['file_bytes'] / 2**20:.1f} MiB, every hash verified")
+    console.print(_table(report))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1))
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(
+        "bits", "effective bits", "with embedding and head", "MiB read per token", "MiB if stored alone", "perplexity",
+        title=f"{report['num_tensors']} nested weights, {report['resident_bytes'] / 2**20:.1f} MiB resident for all widths",
+    )
+    for row in report["widths"]:
+        table.add_row(
+            str(row["bit_width"]),
+            f"{row['effective_bits']:.2f}",
+            f"{row['effective_bits_with_head']:.2f}",
+            f"{row['bytes_read_per_token'] / 2**20:.1f}",
+            f"{row['equivalent_bytes'] / 2**20:.1f}",
+            "" if row["perplexity"] is None else f"{row['perplexity']:,.2f}",
+        )
+    return table

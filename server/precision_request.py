@@ -1,0 +1,82 @@
+"""Which model, width and KV format a request asks for: header, body field and model alias become one value."""
+
+import re
+from dataclasses import dataclass
+
+from anybit.engine.precision import Precision
+from anybit.engine.types import ModelInfo
+from anybit.server.config import ALIAS_SUFFIX
+from anybit.server.errors import InvalidRequestError, ModelNotFoundError, shorten
+from anybit.server.protocol.common import GenerationFields
+from starlette.datastructures import Headers
+
+BIT_WIDTH_HEADER = "X-Bit-Width"
+KV_FORMAT_HEADER = "X-KV-Format"
+
+_WIDTH = re.compile(r"[1-9][0-9]?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """What will answer a request."""
+
+    name: str  # as the client asked for it
+    precision: Precision
+    kv_format: str
+
+
+def model_alias(model_name: str, bit_width: int) -> str:
+    """The model id under which a client that can send nothing else asks for a width."""
+    return f"{model_name}@{bit_width}bit"
+
+
+def choose_model(body: GenerationFields, headers: Headers, model_name: str, model: ModelInfo) -> ModelChoice:
+    """The one choice that all forms in the request agree on.
+
+    Raises ModelNotFoundError for a model that is not served and InvalidRequestError for a width or format that is not
+    on offer, or for two forms that disagree.
+    """
+    forms = {f"the header {BIT_WIDTH_HEADER}": text for text in headers.getlist(BIT_WIDTH_HEADER)[:1]}
+    if len(set(headers.getlist(BIT_WIDTH_HEADER))) > 1:
+        raise InvalidRequestError(f"The header {BIT_WIDTH_HEADER} is given twice.", param=BIT_WIDTH_HEADER)
+    if body.bit_width is not None:
+        forms["the field bit_width"] = str(body.bit_width)
+    alias_width = _alias_width(body.model, model_name)
+    if alias_width is not None:
+        forms["the model name"] = alias_width
+    widths = {form: _parse_width(text, form, model) for form, text in forms.items()}
+    if len(set(widths.values())) > 1:
+        stated = ", ".join(f"{form} says {width}" for form, width in widths.items())
+        raise InvalidRequestError(f"The request disagrees with itself: {stated}.", param="bit_width")
+    width = next(iter(widths.values()), model.default_bit_width)
+    return ModelChoice(body.model or model_name, Precision(width), _choose_kv_format(body, headers, model))
+
+
+def _alias_width(requested: str | None, model_name: str) -> str | None:
+    if requested is None or requested == model_name:
+        return None
+    alias = ALIAS_SUFFIX.search(requested)
+    if alias is None or requested[: alias.start()] != model_name:
+        message = f"The model '{shorten(requested)}' is not served here; this server has '{model_name}'."
+        raise ModelNotFoundError(message, param="model")
+    return alias[1]
+
+
+def _parse_width(text: str, form: str, model: ModelInfo) -> int:
+    if _WIDTH.fullmatch(text) and int(text) in model.bit_widths:
+        return int(text)
+    param = {"the field bit_width": "bit_width", "the model name": "model"}.get(form, BIT_WIDTH_HEADER)
+    offer = ", ".join(map(str, sorted(model.bit_widths)))
+    message = f"{form[0].upper()}{form[1:]} asks for the bit-width '{shorten(text)}'; on offer are {offer}."
+    raise InvalidRequestError(message, param=param, code="unknown_bit_width")
+
+
+def _choose_kv_format(body: GenerationFields, headers: Headers, model: ModelInfo) -> str:
+    asked = [(KV_FORMAT_HEADER, text) for text in headers.getlist(KV_FORMAT_HEADER)]
+    if body.kv_format is not None:
+        asked.append(("kv_format", body.kv_format))
+    for param, text in asked:
+        if text != model.kv_format:
+            message = f"The KV format '{shorten(text)}' is not served; on offer is {model.kv_format}."
+            raise InvalidRequestError(message, param=param, code="unknown_kv_format")
+    return model.kv_format

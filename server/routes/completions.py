@@ -1,0 +1,41 @@
+"""POST /v1/completions."""
+
+import asyncio
+
+from anybit.server.answering import Endpoint, answer
+from anybit.server.openapi import generation_route
+from anybit.server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest, CompletionResponse
+from anybit.server.service import LoadedModel
+from anybit.server.streaming import CompletionShape
+from fastapi import APIRouter, Request, Response
+
+router = APIRouter()
+
+
+async def encode_prompts(body: CompletionRequest, model: LoadedModel) -> list[list[int]]:
+    """Token ids of all prompts; ids that the client sent stay as they are, with no BOS added."""
+
+    async def encode(prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        return await model.tokenizer.encode(
+            prompt, add_special_tokens=True, max_tokens=model.info.max_model_len, param="prompt"
+        )
+
+    return await asyncio.gather(*map(encode, body.prompt))
+
+
+_ENDPOINT = Endpoint(
+    body=CompletionRequest,
+    encode=encode_prompts,
+    shape=CompletionShape,
+    id_prefix="cmpl",
+    default_max_tokens=DEFAULT_MAX_TOKENS,
+    prompt_field="prompt",
+)
+
+
+@router.post("/v1/completions", **generation_route(CompletionRequest, CompletionResponse))
+async def create_completion(request: Request) -> Response:
+    """Continue one or several prompts."""
+    return await answer(request, _ENDPOINT)

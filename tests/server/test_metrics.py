@@ -1,0 +1,164 @@
+"""/metrics: text that Prometheus can read, every promised name, values that follow what happened."""
+
+import time
+
+import pytest
+from anybit.engine.types import EngineStats
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.fake_engine import WIDTHS, FakeEngine
+
+PER_WIDTH = {
+    "anybit_requests_running": "gauge",
+    "anybit_requests_waiting": "gauge",
+    "anybit_weights_equivalent_bytes": "gauge",
+    "anybit_weight_bytes_read": "counter",
+    "anybit_prompt_tokens": "counter",
+    "anybit_generated_tokens": "counter",
+    "anybit_requests": "counter",
+    "anybit_model_info": "gauge",
+    "anybit_time_to_first_token_seconds": "histogram",
+    "anybit_inter_token_latency_seconds": "histogram",
+    "anybit_request_duration_seconds": "histogram",
+    "anybit_request_queue_seconds": "histogram",
+    "anybit_request_prefill_seconds": "histogram",
+    "anybit_request_decode_seconds": "histogram",
+}
+OTHERS = {
+    "anybit_build_info": "gauge",
+    "anybit_ready": "gauge",
+    "anybit_kv_cache_usage_ratio": "gauge",
+    "anybit_kv_cache_bytes": "gauge",
+    "anybit_kv_bytes_per_token": "gauge",
+    "anybit_weights_bytes": "gauge",
+    "anybit_engine_last_step_timestamp_seconds": "gauge",
+    "anybit_engine_resident_bytes": "gauge",
+    "anybit_kernel_fallbacks": "counter",
+    "anybit_rejections": "counter",
+    "anybit_step_tokens": "histogram",
+}
+
+
+def scrape(server):
+    response = server.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return {family.name: family for family in text_string_to_metric_families(response.text)}
+
+
+def test_every_promised_metric_is_there_with_its_type_and_labels(start):
+    server = start(FakeEngine())
+    families = scrape(server)
+    for name, kind in {**PER_WIDTH, **OTHERS}.items():
+        assert families[name].type == kind, name
+        assert families[name].documentation
+    for name in PER_WIDTH:
+        widths = {sample.labels["bit_width"] for sample in families[name].samples}
+        assert widths == set(map(str, WIDTHS)), name
+        assert all(sample.labels["model"] == "tiny" for sample in families[name].samples)
+
+
+def test_nothing_else_is_there_but_the_process(start):
+    names = set(scrape(start(FakeEngine())))
+    assert names - set(PER_WIDTH) - set(OTHERS) == {name for name in names if name.startswith("process_")}
+    assert "process_resident_memory_bytes" in names
+
+
+def test_histograms_begin_where_low_widths_differ(start):
+    families = scrape(start(FakeEngine()))
+    edges = {
+        float(sample.labels["le"])
+        for sample in families["anybit_inter_token_latency_seconds"].samples
+        if sample.name.endswith("_bucket")
+    }
+    assert sorted(edges)[:4] == [0.001, 0.002, 0.005, 0.01]
+
+
+def test_no_created_series(start):
+    server = start(FakeEngine())
+    server.complete()
+    assert "_created" not in server.http.get("/metrics").text
+
+
+def test_engine_snapshot_is_shown(start):
+    engine = FakeEngine()
+    server = start(engine)
+    engine.snapshot = EngineStats(
+        running={2: 3, 4: 1},
+        waiting={8: 7},
+        kv_pages_total=100,
+        kv_pages_used=25,
+        kv_bytes_total=6400,
+        kv_bytes_used=1600,
+        steps=12,
+        weight_bytes_read={2: 2000, 4: 4000},
+        kernel_fallbacks={"linear_decode:odd_shape:really": 5},
+        resident_bytes=123456,
+    )
+    engine.silent_seconds = 2.0
+    assert server.metric("anybit_requests_running", bit_width="2") == 3
+    assert server.metric("anybit_requests_running", bit_width="3") == 0
+    assert server.metric("anybit_requests_waiting", bit_width="8") == 7
+    assert server.metric("anybit_kv_cache_usage_ratio", kv_format="bf16") == 0.25
+    assert server.metric("anybit_kv_cache_bytes", state="used") == 1600
+    assert server.metric("anybit_kv_cache_bytes", state="free") == 4800
+    assert server.metric("anybit_kv_bytes_per_token") == 64
+    assert server.metric("anybit_weight_bytes_read_total", bit_width="4") == 4000
+    assert server.metric("anybit_kernel_fallbacks_total", kernel="linear_decode", reason="odd_shape:really") == 5
+    assert server.metric("anybit_engine_resident_bytes") == 123456
+    assert server.metric("anybit_weights_bytes", kind="embedding") == 2000
+    assert server.metric("anybit_weights_equivalent_bytes", bit_width="3") == 3600
+    assert server.metric("anybit_model_info", bit_width="3", effective_bits="3.25", kv_format="bf16") == 1
+    first = server.metric("anybit_engine_last_step_timestamp_seconds")
+    assert first == pytest.approx(time.time() - 2.0, abs=1.5)
+    engine.silent_seconds = 0.0
+    # No further step, no newer time.
+    assert server.metric("anybit_engine_last_step_timestamp_seconds") == first
+
+
+def test_request_series_follow_the_requests(start):
+    server = start(FakeEngine(token_seconds=0.002))
+    server.complete(max_tokens=5, bit_width=3)
+    server.complete(max_tokens=5, bit_width=3, n=2, stream=True)
+    width = {"bit_width": "3"}
+    assert server.metric("anybit_prompt_tokens_total", **width) == 6
+    assert server.metric("anybit_generated_tokens_total", **width) == 15
+    assert server.metric("anybit_requests_total", outcome="length", **width) == 3
+    assert server.metric("anybit_time_to_first_token_seconds_count", **width) == 3
+    assert server.metric("anybit_inter_token_latency_seconds_count", **width) == 12
+    assert server.metric("anybit_inter_token_latency_seconds_sum", **width) > 12 * 0.002
+    assert server.metric("anybit_request_duration_seconds_count", **width) == 3
+    assert server.metric("anybit_request_decode_seconds_count", **width) == 3
+    assert server.metric("anybit_request_queue_seconds_sum", **width) == 0.75
+    assert server.metric("anybit_request_prefill_seconds_sum", **width) == 1.5
+    assert server.metric("anybit_requests_total", outcome="length", bit_width="4") == 0
+    assert server.metric("anybit_step_tokens_count") == 15
+
+
+def test_tokens_that_come_together_share_their_time(start):
+    server = start(FakeEngine(tokens_per_event=5, token_seconds=0.01))
+    server.complete(max_tokens=15)
+    assert server.metric("anybit_inter_token_latency_seconds_count", bit_width="4") == 10
+    assert server.metric("anybit_inter_token_latency_seconds_sum", bit_width="4") < 0.2
+
+
+def test_rejections_are_counted_by_reason(start):
+    server = start(FakeEngine())
+    server.complete(n=10_000)
+    server.complete(prompt=[5] * 300)
+    server.complete(model="other")
+    server.http.post("/v1/completions", content=b"x" * 3_000_000)
+    for reason in ("invalid", "too_long", "not_found", "too_large"):
+        assert server.metric("anybit_rejections_total", reason=reason) == 1, reason
+
+
+def test_metrics_while_loading(start):
+    server = start(FakeEngine(loading=True), wait=False)
+    families = scrape(server)
+    assert families["anybit_ready"].samples[0].value == 0
+    assert "anybit_model_info" not in families
+
+
+def test_two_servers_do_not_share_series(start):
+    first, second = start(FakeEngine()), start(FakeEngine())
+    first.complete()
+    assert second.metric("anybit_requests_total", outcome="length", bit_width="4") == 0
