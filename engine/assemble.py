@@ -10,7 +10,7 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError, CheckpointError
-from anybit.engine.machine import free_bytes, physical_cores, resolve_device
+from anybit.engine.machine import free_bytes, keep_freed_memory, physical_cores, resolve_device
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import parse_config
@@ -30,6 +30,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     """Load the checkpoint and return a core that is ready to step. Raises the errors of `engine.errors`."""
     started = time.monotonic()
     config.check()
+    keep_freed_memory()
     torch.set_num_threads(config.threads or physical_cores())
     device = resolve_device(config.device)
     directory = Path(config.checkpoint)
@@ -94,7 +95,9 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
 
 def _served_widths(config: EngineConfig, manifest: Manifest) -> tuple[int, ...]:
     wanted = tuple(sorted(config.bit_widths or manifest.bit_widths))
-    absent = [width for width in (*wanted, config.default_bit_width, config.lm_head_bits) if width not in manifest.bit_widths]
+    absent = [
+        width for width in (*wanted, config.default_bit_width, config.lm_head_bits) if width not in manifest.bit_widths
+    ]
     if absent:
         made = ", ".join(map(str, manifest.bit_widths))
         raise ConfigError(f"The checkpoint was made for the widths {made}; {absent[0]} bits cannot be served from it.")

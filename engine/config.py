@@ -45,7 +45,9 @@ class EngineConfig:
                 raise ConfigError(f"Bit-width {width} is not one of {', '.join(map(str, BIT_WIDTHS))}.")
         if self.bit_widths and self.default_bit_width not in self.bit_widths:
             widths = ", ".join(map(str, self.bit_widths))
-            raise ConfigError(f"The default bit-width {self.default_bit_width} is not among the served widths {widths}.")
+            raise ConfigError(
+                f"The default bit-width {self.default_bit_width} is not among the served widths {widths}."
+            )
         for name, value, choices in (
             ("device", self.device, DEVICES),
             ("KV format", self.kv_format, KV_FORMATS),

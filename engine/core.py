@@ -77,8 +77,12 @@ class EngineCore:
             plan, sampled = self._runner.run(chunks)
         except Exception:
             logger.exception("A step of %d sequences failed; they end with an error.", len(chunks))
-            return [self._fail(chunk.sequence, "The model failed on this batch; see the server's log.") for chunk in chunks]
-        self._account(sum(chunk.num_tokens for chunk in chunks), {width for width, _, _ in plan.segments}, bool(sampled))
+            return [
+                self._fail(chunk.sequence, "The model failed on this batch; see the server's log.") for chunk in chunks
+            ]
+        self._account(
+            sum(chunk.num_tokens for chunk in chunks), {width for width, _, _ in plan.segments}, bool(sampled)
+        )
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
         now = time.monotonic()

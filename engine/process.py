@@ -12,7 +12,18 @@ from anybit.engine.assemble import assemble
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError
 from anybit.engine.machine import resident_bytes
-from anybit.engine.messages import Abort, AbortAll, EngineChannel, Events, Failed, Generate, Heartbeat, Ready, Start, ToEngine
+from anybit.engine.messages import (
+    Abort,
+    AbortAll,
+    EngineChannel,
+    Events,
+    Failed,
+    Generate,
+    Heartbeat,
+    Ready,
+    Start,
+    ToEngine,
+)
 from anybit.engine.types import TokenEvent
 
 logger = logging.getLogger("anybit.engine")
@@ -77,9 +88,7 @@ def _receive_all(channel: EngineChannel, inbox: "queue.SimpleQueue[ToEngine | No
     inbox.put(None)
 
 
-def _handle(
-    core: EngineCore, inbox: "queue.SimpleQueue[ToEngine | None]", wait: bool
-) -> tuple[list[TokenEvent], bool]:
+def _handle(core: EngineCore, inbox: "queue.SimpleQueue[ToEngine | None]", wait: bool) -> tuple[list[TokenEvent], bool]:
     """Apply every message that has arrived, waiting a while for one if `wait`; False when the server is gone."""
     events: list[TokenEvent] = []
     try:

@@ -76,7 +76,9 @@ class NestedWeight:
                 for chunk in layout.CHUNKS
                 if chunk.name in self.chunks
             },
-            affine={width: Affine(part.scale[:, start:end], part.zero[:, start:end]) for width, part in self.affine.items()},
+            affine={
+                width: Affine(part.scale[:, start:end], part.zero[:, start:end]) for width, part in self.affine.items()
+            },
         )
 
     @staticmethod

@@ -16,6 +16,8 @@ def check_integrity(allocator: PageAllocator, tables: Iterable[list[int]]) -> No
     for page_id in range(allocator.num_pages):
         owners = allocator.owners(page_id)
         if owners != expected[page_id]:
-            raise IntegrityError(f"Page {page_id} has {owners} owners but is named by {expected[page_id]} block tables.")
+            raise IntegrityError(
+                f"Page {page_id} has {owners} owners but is named by {expected[page_id]} block tables."
+            )
     if allocator.num_used != len(expected):
         raise IntegrityError(f"{allocator.num_used} pages are in use but {len(expected)} are named by block tables.")

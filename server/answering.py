@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 from anybit.server.body import read_body
 from anybit.server.errors import APIError
 from anybit.server.generation import Generation
@@ -16,8 +19,6 @@ from anybit.server.protocol.common import GenerationFields
 from anybit.server.service import LoadedModel, service_of
 from anybit.server.streaming import AnswerHead, AnswerShape, GenerationResponse, StreamSettings
 from anybit.server.version import system_fingerprint
-from starlette.requests import Request
-from starlette.responses import Response
 
 Body = TypeVar("Body", bound=GenerationFields)
 

@@ -4,6 +4,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
 from anybit.engine.client import EngineClient
 from anybit.engine.errors import AnyBitError
 from anybit.server.auth import BearerAuthMiddleware
@@ -14,8 +17,6 @@ from anybit.server.openapi import DescribedApp
 from anybit.server.routes import chat, completions, models, ops
 from anybit.server.service import Service
 from anybit.server.version import anybit_version
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 
 
 def build_app(

@@ -4,8 +4,9 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterable
 
-from anybit.server.errors import AuthenticationError, Rejection, send_error
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from anybit.server.errors import AuthenticationError, Rejection, send_error
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 

@@ -4,12 +4,13 @@ import json
 import re
 from typing import Any, TypeVar
 
-from anybit.server.errors import InvalidRequestError, shorten
-from anybit.server.protocol.common import GenerationFields
-from anybit.server.protocol.unsupported import drop_neutral
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
+
+from anybit.server.errors import InvalidRequestError, shorten
+from anybit.server.protocol.common import GenerationFields
+from anybit.server.protocol.unsupported import drop_neutral
 
 Body = TypeVar("Body", bound=GenerationFields)
 

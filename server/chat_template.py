@@ -8,14 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from anybit.engine.errors import CheckpointError
-from anybit.server.errors import InvalidRequestError, shorten
-from anybit.server.tokenizer import read_json
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from anybit.engine.errors import CheckpointError
+from anybit.server.errors import InvalidRequestError, shorten
+from anybit.server.tokenizer import read_json
 
 logger = logging.getLogger("anybit.server")
 

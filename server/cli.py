@@ -3,6 +3,7 @@
 import sys
 
 import typer
+
 from anybit.engine.errors import AnyBitError
 from anybit.server.commands import bench, chat, evaluate, inspect, quantize, serve
 from anybit.server.version import anybit_version

@@ -5,6 +5,11 @@ import logging
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
 from anybit.engine.errors import (
     AnyBitError,
     CapacityError,
@@ -12,10 +17,6 @@ from anybit.engine.errors import (
     EngineLoadingError,
     EngineLostError,
 )
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Send
 
 logger = logging.getLogger("anybit.server")
 

@@ -80,22 +80,19 @@ class Generation:
         # One sequence needs no queue between it and its reader.
         events = self._numbered_events(0) if len(self._sequences) == 1 else self._merged_events()
         num_open = len(self._sequences)
-        try:
-            async with contextlib.aclosing(events):
-                async for choice, event in events:
-                    sequence = self._sequences[choice]
-                    if sequence.outcome is not None:
-                        continue  # sent before the engine learned of the stop string
-                    piece = self._take(choice, event)
-                    if piece.finish_reason is not None:
-                        num_open -= 1
-                        if event.finish_reason is None:
-                            await self._abort(sequence)
-                    yield piece
-                    if num_open == 0:
-                        return
-        finally:
-            await self._abort_unfinished()
+        async with contextlib.aclosing(events):
+            async for choice, event in events:
+                sequence = self._sequences[choice]
+                if sequence.outcome is not None:
+                    continue  # sent before the engine learned of the stop string
+                piece = self._take(choice, event)
+                if piece.finish_reason is not None:
+                    num_open -= 1
+                    if event.finish_reason is None:
+                        await self._abort(sequence)
+                yield piece
+                if num_open == 0:
+                    return
 
     def close(self, outcome: Outcome) -> None:
         """Leave the queue and account for every sequence; those without an end of their own get `outcome`."""
@@ -187,7 +184,7 @@ class Generation:
             await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _numbered_events(self, choice: int) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-        """The engine's events of one sequence, up to the one that finishes it."""
+        """The engine's events of one sequence, up to the one that finishes it; left early, the sequence is aborted."""
         events = self.engine.generate(self._sequences[choice].request)
         try:
             async for event in events:
@@ -198,11 +195,6 @@ class Generation:
             if isinstance(events, AsyncGenerator):
                 await events.aclose()
         raise EngineLostError("The engine stopped answering in the middle of this request; try again.")
-
-    async def _abort_unfinished(self) -> None:
-        for sequence in self._sequences:
-            if sequence.outcome is None:
-                await self._abort(sequence)
 
     async def _abort(self, sequence: _Sequence) -> None:
         # An engine that is gone has nothing left to abort.

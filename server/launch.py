@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+
 from anybit.engine.config import EngineConfig
 from anybit.engine.errors import AnyBitError
 from anybit.engine.process_client import ProcessEngine
@@ -93,4 +94,6 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"The address {host}:{port} cannot be used ({error.strerror or error}); choose another --port.") from error
+        raise ConfigError(
+            f"The address {host}:{port} cannot be used ({error.strerror or error}); choose another --port."
+        ) from error

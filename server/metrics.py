@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import generate_latest as render_registry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
 from anybit.engine.client import EngineClient
 from anybit.engine.types import EngineStats, ModelInfo
 from anybit.server.errors import Rejection
 from anybit.server.version import anybit_version
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client import generate_latest as render_registry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -8,8 +8,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from anybit.server.errors import BodyTooLargeError, InvalidRequestError, Rejection, send_error, unexpected_error
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from anybit.server.errors import BodyTooLargeError, InvalidRequestError, Rejection, send_error, unexpected_error
 
 logger = logging.getLogger("anybit.server")
 

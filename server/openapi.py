@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from anybit.server.protocol.chat import ChatRequest
-from anybit.server.protocol.common import ErrorResponse
-from anybit.server.protocol.completions import CompletionRequest
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+
+from anybit.server.protocol.chat import ChatRequest
+from anybit.server.protocol.common import ErrorResponse
+from anybit.server.protocol.completions import CompletionRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 _BODY_MODELS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest)

@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
+
 from anybit.engine.precision import Precision
 from anybit.engine.types import ModelInfo
 from anybit.server.config import ALIAS_SUFFIX
 from anybit.server.errors import InvalidRequestError, ModelNotFoundError, shorten
 from anybit.server.protocol.common import GenerationFields
-from starlette.datastructures import Headers
 
 BIT_WIDTH_HEADER = "X-Bit-Width"
 KV_FORMAT_HEADER = "X-KV-Format"

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 from anybit.engine.client import EngineClient
 from anybit.engine.errors import AnyBitError
 from anybit.engine.types import EngineHealth, EngineState, ModelInfo
@@ -15,7 +17,6 @@ from anybit.server.config import ServerConfig
 from anybit.server.errors import Rejection, UnavailableError
 from anybit.server.metrics import Metrics
 from anybit.server.tokenizer import PromptTokenizer, load_tokenizer
-from starlette.requests import Request
 
 logger = logging.getLogger("anybit.server")
 
@@ -43,7 +44,6 @@ class Service:
         self._on_load_failure = on_load_failure
         self._model: LoadedModel | None = None
         self._failure = ""
-        self._draining = False
 
     async def load(self) -> None:
         """Wait for the engine and read the tokenizer; a failure is kept for /health and given to on_load_failure."""
@@ -75,9 +75,7 @@ class Service:
         if health.seconds_since_heartbeat > self.config.stall_seconds:
             detail = f"The engine has been silent for {health.seconds_since_heartbeat:.0f} s."
             return EngineHealth(EngineState.STALLED, detail, health.seconds_since_heartbeat)
-        if self._draining:
-            return EngineHealth(EngineState.DRAINING, "", health.seconds_since_heartbeat)
-        if self._model is None:
+        if health.state is EngineState.READY and self._model is None:
             return EngineHealth(EngineState.LOADING, "", health.seconds_since_heartbeat)
         return health
 
@@ -105,7 +103,6 @@ class Service:
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those accepted, as long as the configuration allows."""
-        self._draining = True
         await self.engine.drain(self.config.drain_timeout_seconds)
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
 from anybit.engine.errors import AnyBitError
 from anybit.server.errors import APIError, Rejection, RequestTimeoutError, to_api_error, unexpected_error
 from anybit.server.generation import Generation, Piece
 from anybit.server.metrics import Outcome
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger("anybit.server")
 

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from anybit.engine.errors import CheckpointError
 from anybit.server.detokenizer import IncrementalDecoder
 from anybit.server.errors import ContextLengthError
-from tokenizers import Tokenizer
 
 # Shorter texts are encoded faster than a thread is reached.
 _INLINE_CHARACTERS = 2048

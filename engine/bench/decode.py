@@ -46,7 +46,10 @@ def bench_decode(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "shape": info.name,
         "copy_gb_per_second": bandwidth / 1e9,
-        "rows": [_row(info, width, batch, context, statistics.median(samples[width, batch]), bandwidth) for width, batch in cells],
+        "rows": [
+            _row(info, width, batch, context, statistics.median(samples[width, batch]), bandwidth)
+            for width, batch in cells
+        ],
     }
 
 
@@ -95,5 +98,3 @@ def _row(info: ModelInfo, width: int, batch: int, context: int, seconds: float, 
         "floor_share": moved / bandwidth / seconds,
         "weight_bytes": weight_bytes,
     }
-
-

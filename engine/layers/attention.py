@@ -27,7 +27,7 @@ class Attention:
         """[rows, hidden] -> [rows, hidden]; writes the rows' keys and values to their pages first."""
         config = self.config
         heads = self.qkv(x, plan.segments).view(x.shape[0], -1, config.head_dim)
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q = self.rotary.rotate(q, plan.positions)
         pool.write(self.layer, plan.page_ids, plan.page_offsets, self.rotary.rotate(k, plan.positions), v)
         attended = torch.empty_like(q)

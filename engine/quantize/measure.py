@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from anybit.engine.config import ConfigError
 from anybit.engine.errors import SourceError
+from anybit.engine.machine import keep_freed_memory
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config
 from anybit.engine.quantize.evaluate import BUILTIN_TEXT, Variant, builtin_text, evaluate, windows
@@ -44,6 +45,7 @@ def evaluate_checkpoint(
     directory: Path, source: SourceModel | None, options: EvalOptions, progress: Progress = lambda done, total: None
 ) -> dict[str, Any]:
     """The `eval` report of CONTRACT for a checkpoint; with its source also the float row, KL and top-1 agreement."""
+    keep_freed_memory()
     reader = CheckpointReader(directory)
     made = reader.manifest.bit_widths
     bit_widths = options.bit_widths or made

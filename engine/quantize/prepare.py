@@ -46,5 +46,3 @@ def _source_bytes(model: SourceModel) -> int:
     path = Path(model.location)
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix == ".safetensors"]
     return sum(file.stat().st_size for file in files)
-
-

@@ -89,7 +89,9 @@ def _quantize_tensor(name: str, tensor: Any, options: QuantizeOptions) -> Nested
 
 
 def _linear_names(num_layers: int, tied: bool) -> list[str]:
-    projections = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
     names = [f"model.layers.{layer}.{name}.weight" for layer in range(num_layers) for name in projections]
     return [*(VOCABULARY_NAMES[:1] if tied else VOCABULARY_NAMES), *names]
 

@@ -51,9 +51,13 @@ def storage_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"The disk that holds {where} is full; free some space or set ANYBIT_CACHE_DIR.") from error
+            raise StorageError(
+                f"The disk that holds {where} is full; free some space or set ANYBIT_CACHE_DIR."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            raise StorageError(f"{where} cannot be written ({error.strerror}); set ANYBIT_CACHE_DIR to a folder of yours.") from error
+            raise StorageError(
+                f"{where} cannot be written ({error.strerror}); set ANYBIT_CACHE_DIR to a folder of yours."
+            ) from error
         raise
 
 
@@ -63,5 +67,6 @@ def require_free_space(where: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise StorageError(
-            f"{existing} has {free >> 20} MiB free but {num_bytes >> 20} MiB are needed; free some space or set ANYBIT_CACHE_DIR."
+            f"{existing} has {free >> 20} MiB free but {num_bytes >> 20} MiB are needed; "
+            "free some space or set ANYBIT_CACHE_DIR."
         )

@@ -113,7 +113,7 @@ class ShardReader:
         try:
             if shard not in self._files:
                 self._files[shard] = safe_open(self._directory / shard, framework="pt")
-            tensor: Tensor = self._files[shard].get_tensor(name)
+            tensor: Tensor = self._files[shard].get_tensor(name)  # type: ignore[no-untyped-call]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"The file {self._directory / shard} cannot be read: {error}.") from error
         return tensor

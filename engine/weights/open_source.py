@@ -13,7 +13,9 @@ def open_source(path: Path) -> SourceModel:
     if not path.exists():
         raise SourceError(f"There is no model at {path}.")
     if path.suffix in PICKLE_SUFFIXES:
-        raise SourceError(f"{path.name} is a pickle file, which can run code when loaded; convert it to safetensors first.")
+        raise SourceError(
+            f"{path.name} is a pickle file, which can run code when loaded; convert it to safetensors first."
+        )
     if path.is_dir():
         return HuggingFaceSource(path)
     if path.suffix == ".gguf":

@@ -45,7 +45,9 @@ def resolve_model(
         return ResolvedModel(path.resolve().name, path.resolve(), "")
     if path.exists():
         path = path.resolve()
-        return ResolvedModel(path.stem if path.is_file() else path.name, _cached(path.stem, _fingerprint(path), options), str(path))
+        return ResolvedModel(
+            path.stem if path.is_file() else path.name, _cached(path.stem, _fingerprint(path), options), str(path)
+        )
     if _REPOSITORY.fullmatch(model):
         name = model.split("/")[1]
         return ResolvedModel(name, _cached(name, f"hub/{model}", options), model)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from anybit.engine.errors import AnyBitError
 
+
 class SourceModel(Protocol):
     """A float model under Hugging Face names, read one tensor at a time."""
 

@@ -40,7 +40,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: f
     rows = tokens * (heads // kv_heads)
     padded = rows + -rows % ROW_MULTIPLE
 
-    queries = (q * scale).view(seqs, tokens, kv_heads, -1, head_dim).transpose(1, 2).reshape(seqs, kv_heads, rows, head_dim)
+    queries = (
+        (q * scale).view(seqs, tokens, kv_heads, -1, head_dim).transpose(1, 2).reshape(seqs, kv_heads, rows, head_dim)
+    )
     queries = F.pad(queries, (0, 0, 0, padded - rows))
     row_positions = F.pad(positions.repeat_interleave(heads // kv_heads, 1), (0, padded - rows))
     key_positions = torch.arange(pages * page_size, device=q.device).view(pages, 1, page_size)

@@ -13,7 +13,7 @@ from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable.fixed_point import FixedPoint
 
 _TILE_WEIGHTS = 1 << 21  # unpacked weights alive at a time: 2 MiB
-_BLOCK_SUMS = 1 << 20  # int32 partial sums alive at a time: 4 MiB
+_BLOCK_SUMS = 1 << 21  # int32 partial sums alive at a time: 8 MiB
 
 
 def linear(x: Tensor, weight: NestedWeight, bit_width: int) -> Tensor:

@@ -4,6 +4,9 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
 from anybit.engine.config import EngineConfig
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
@@ -19,8 +22,6 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
-from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(help="Measure this machine: tokens per second per width.", no_args_is_help=True)
 
@@ -70,7 +71,13 @@ def decode(
     )
     with stage_progress() as progress:
         report = bench_decode(
-            config, bit_widths, batches, context, steps, rounds, lambda done, total: progress.update("bench", done, total)
+            config,
+            bit_widths,
+            batches,
+            context,
+            steps,
+            rounds,
+            lambda done, total: progress.update("bench", done, total),
         )
     Console().print(_table(report))
     if json_path is not None:
@@ -79,7 +86,9 @@ def decode(
 
 def _table(report: dict[str, Any]) -> Table:
     title = f"{report['shape']} on {report['device']}, copy bandwidth {report['copy_gb_per_second']:.1f} GB/s"
-    table = Table("bits", "batch", "context", "tokens/s", "ms/step", "MiB of weights/step", "share of floor", title=title)
+    table = Table(
+        "bits", "batch", "context", "tokens/s", "ms/step", "MiB of weights/step", "share of floor", title=title
+    )
     for row in report["rows"]:
         table.add_row(
             str(row["bit_width"]),

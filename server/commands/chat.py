@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+
 from anybit.engine.config import EngineConfig
 from anybit.engine.errors import AnyBitError
 from anybit.engine.precision import Precision
@@ -24,7 +26,6 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared
-from rich.console import Console
 
 if TYPE_CHECKING:
     from anybit.server.chat_template import ChatTemplate
@@ -45,9 +46,7 @@ def chat(
     source: SourceOption = "wheel",
 ) -> None:
     """Chat with a model; `/width 3` switches in the middle of a conversation."""
-    config = EngineConfig(
-        "", "", default_bit_width=bit_width, threads=threads, device=device, max_num_seqs=1
-    )
+    config = EngineConfig("", "", default_bit_width=bit_width, threads=threads, device=device, max_num_seqs=1)
     config.check()
     resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
     ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
 from anybit.engine.errors import AnyBitError
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
@@ -18,18 +21,21 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
-from rich.console import Console
-from rich.table import Table
 
 
 def evaluate(
     model: ModelArgument = None,
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to score; without it, a short public-domain text.", show_default=False)
+        Path | None,
+        typer.Option(help="UTF-8 text to score; without it, a short public-domain text.", show_default=False),
     ] = None,
     bit_width: Annotated[str, typer.Option(help="Widths to score.")] = "all",
-    context: Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens of one window; windows do not overlap.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Score no more of the text.", show_default=False)] = None,
+    context: Annotated[
+        int, typer.Option(min=2, max=1 << 20, help="Tokens of one window; windows do not overlap.")
+    ] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Score no more of the text.", show_default=False)
+    ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Also score a baseline: matquant-slice.", show_default=False)
     ] = None,
@@ -72,7 +78,9 @@ def _find_source(source: str, checkpoint: Path) -> Any:
 
 def _table(report: dict[str, Any]) -> Table:
     title = f"{report['model']} on {report['text']}: {report['tokens']} tokens, context {report['context']}"
-    table = Table("bits", "scheme", "effective bits", "perplexity", "KL (nats)", "top-1 agreement", "seconds", title=title)
+    table = Table(
+        "bits", "scheme", "effective bits", "perplexity", "KL (nats)", "top-1 agreement", "seconds", title=title
+    )
     for row in report["results"]:
         table.add_row(
             str(row["bit_width"]),

@@ -3,6 +3,9 @@
 import json
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
     GroupSizeOption,
@@ -15,8 +18,6 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared
-from rich.console import Console
-from rich.table import Table
 
 
 def inspect(
@@ -35,7 +36,9 @@ def inspect(
 
     report = describe_checkpoint(resolved.checkpoint, lm_head_bits)
     console = Console()
-    console.print(f"{report['checkpoint']}: {report['source']}, method {report['method']}, group size {report['group_size']}")
+    console.print(
+        f"{report['checkpoint']}: {report['source']}, method {report['method']}, group size {report['group_size']}"
+    )
     console.print(f"{report['num_files']} files, {report['file_bytes'] / 2**20:.1f} MiB, every hash verified")
     console.print(_table(report))
     if json_path is not None:
@@ -44,7 +47,12 @@ def inspect(
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(
-        "bits", "effective bits", "with embedding and head", "MiB read per token", "MiB if stored alone", "perplexity",
+        "bits",
+        "effective bits",
+        "with embedding and head",
+        "MiB read per token",
+        "MiB if stored alone",
+        "perplexity",
         title=f"{report['num_tensors']} nested weights, {report['resident_bytes'] / 2**20:.1f} MiB resident for all widths",
     )
     for row in report["widths"]:

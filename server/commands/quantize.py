@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
 from anybit.server.commands.options import GroupSizeOption, parse_bit_widths, parse_group_size
 from anybit.server.commands.preparation import describe_location, perplexity_table, stage_progress
-from rich.console import Console
 
 
 def quantize(
@@ -25,9 +26,7 @@ def quantize(
     if method not in METHODS:
         raise typer.BadParameter(f"The method {method!r} is not one of {', '.join(METHODS)}.")
     with stage_progress() as progress:
-        manifest = prepare_checkpoint(
-            source, destination, QuantizeOptions(method, bit_widths, size), progress.update
-        )
+        manifest = prepare_checkpoint(source, destination, QuantizeOptions(method, bit_widths, size), progress.update)
     if not quiet:
         console = Console()
         console.print(perplexity_table(manifest.perplexity, manifest.perplexity_text))

@@ -6,6 +6,8 @@ import os
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
 from anybit.engine.config import EngineConfig
 from anybit.engine.types import ModelInfo
 from anybit.engine.weights.resolve import resolve_model
@@ -21,7 +23,6 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared
-from rich.console import Console
 
 API_KEYS_VARIABLE = "ANYBIT_API_KEYS"
 
@@ -43,7 +44,9 @@ def serve(
     kv_cache_mib: Annotated[int, typer.Option(min=0, help="Memory for the KV cache; 0 means up to a quarter.")] = 0,
     device: DeviceOption = "auto",
     compute_dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16", help="Type of activations.")] = "auto",
-    api_key: Annotated[list[str] | None, typer.Option(help=f"Key clients must send; repeatable, or {API_KEYS_VARIABLE}.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help=f"Key clients must send; repeatable, or {API_KEYS_VARIABLE}.")
+    ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.", show_default=False)] = None,
     method: MethodOption = "rtn",
     group_size: GroupSizeOption = "auto",
@@ -71,7 +74,15 @@ def serve(
     engine_config.check()  # before minutes of quantization, not after
     resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
     ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
-    _serve(engine_config, resolved.checkpoint.as_posix(), model_name or resolved.name, host, port, api_key, log_level.upper())
+    _serve(
+        engine_config,
+        resolved.checkpoint.as_posix(),
+        model_name or resolved.name,
+        host,
+        port,
+        api_key,
+        log_level.upper(),
+    )
 
 
 def _serve(

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
+
 from anybit.server.errors import shorten
 from anybit.server.protocol.common import FinishReasonName, GenerationFields, RequestModel, Usage
 from anybit.server.protocol.text import check_text, wrong
 from anybit.server.protocol.unsupported import CHAT_FIELDS, MESSAGE_FIELDS, drop_neutral
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
 MAX_MESSAGES = 4096
 

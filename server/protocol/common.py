@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from anybit.server.protocol.text import STOP_SCHEMA, parse_stop, wrong
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+
+from anybit.server.protocol.text import STOP_SCHEMA, parse_stop, wrong
 
 MAX_CHOICES = 16
 MAX_FAN_OUT = 64  # sequences of one request: prompts times n

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
+
 from anybit.server.protocol.common import MAX_CHOICES, MAX_FAN_OUT, FinishReasonName, GenerationFields, Usage
 from anybit.server.protocol.text import PROMPT_SCHEMA, Prompt, parse_prompts, wrong
 from anybit.server.protocol.unsupported import COMPLETION_FIELDS
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
 DEFAULT_MAX_TOKENS = 16
 

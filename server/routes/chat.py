@@ -2,12 +2,13 @@
 
 import asyncio
 
+from fastapi import APIRouter, Request, Response
+
 from anybit.server.answering import Endpoint, answer
 from anybit.server.openapi import generation_route
 from anybit.server.protocol.chat import ChatRequest, ChatResponse
 from anybit.server.service import LoadedModel
 from anybit.server.streaming import ChatShape
-from fastapi import APIRouter, Request, Response
 
 router = APIRouter()
 

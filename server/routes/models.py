@@ -2,13 +2,14 @@
 
 from typing import Literal
 
+from fastapi import APIRouter, Request
+
 from anybit.engine.types import ModelInfo, WidthInfo
 from anybit.server.errors import ModelNotFoundError, shorten
 from anybit.server.openapi import error_responses
 from anybit.server.precision_request import model_alias
 from anybit.server.protocol.common import ModelCard, ModelList
 from anybit.server.service import Service, service_of
-from fastapi import APIRouter, Request
 
 router = APIRouter()
 

@@ -3,14 +3,15 @@
 import html
 from typing import Any
 
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+
 from anybit.engine.types import EngineState
 from anybit.server.metrics import CONTENT_TYPE
 from anybit.server.openapi import error_responses
 from anybit.server.protocol.common import Status, VersionInfo
 from anybit.server.service import service_of
 from anybit.server.version import anybit_version
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
 
 router = APIRouter()
 

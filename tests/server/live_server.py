@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import uvicorn
-from anybit.server.app import build_app
-from anybit.server.config import ServerConfig
 from openai import OpenAI
 
+from anybit.server.app import build_app
+from anybit.server.config import ServerConfig
 from tests.server.fake_engine import FakeEngine
 
 

@@ -4,9 +4,9 @@ import threading
 
 import openai
 import pytest
+
 from anybit.server.admission import Admission
 from anybit.server.errors import QueueFullError
-
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import wait_until
 

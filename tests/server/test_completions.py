@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import wait_until
 
 
 def text_of(stream) -> str:
@@ -197,6 +198,23 @@ def test_stop_string_of_one_choice_leaves_the_others(start, tokenizer):
     stopped = server.complete(n=3, seed=1, max_tokens=40, stop=stop).json()["choices"]
     assert [choice["text"] for choice in stopped] == expected
     assert stopped[1]["finish_reason"] == "stop"
+
+
+def test_stopped_choice_is_aborted_while_the_others_run(start):
+    server = start(FakeEngine(token_seconds=0.01))
+    free = server.complete(n=3, seed=1, max_tokens=60).json()["choices"]
+    stop = free[1]["text"][4:9]
+    assert not any(stop in choice["text"] for choice in (free[0], free[2]))
+    stream = server.openai.completions.create(
+        model="tiny", prompt="Hello world", n=3, seed=1, max_tokens=200, stop=stop, stream=True
+    )
+    for chunk in stream:
+        if chunk.choices[0].finish_reason == "stop":
+            break
+    stopped = server.engine.requests[3 + chunk.choices[0].index].request_id
+    wait_until(lambda: stopped not in server.engine.running, "the stopped choice runs on")
+    assert len(server.engine.running) == 2
+    stream.close()
 
 
 def test_events_of_several_tokens_give_the_same_text(start):

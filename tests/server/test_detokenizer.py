@@ -1,11 +1,11 @@
 """Text of token ids: whole characters only, stop strings wherever tokens end."""
 
-from anybit.server.detokenizer import Detokenizer, IncrementalDecoder, StopStringFilter
-from anybit.server.tokenizer import PromptTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from anybit.server.detokenizer import Detokenizer, IncrementalDecoder, StopStringFilter
+from anybit.server.tokenizer import PromptTokenizer
 from tests.server.tiny_checkpoint import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()

@@ -9,8 +9,8 @@ import time
 import httpx
 import openai
 import pytest
-from anybit.engine.errors import CapacityError, EngineDrainingError, EngineLostError
 
+from anybit.engine.errors import CapacityError, EngineDrainingError, EngineLostError
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import wait_until
 

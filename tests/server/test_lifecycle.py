@@ -5,9 +5,9 @@ import time
 
 import openai
 import pytest
+
 from anybit.engine.errors import CheckpointError
 from anybit.engine.types import EngineState
-
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import wait_until
 

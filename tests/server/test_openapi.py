@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from pydantic import TypeAdapter
+
 from anybit.server.protocol.chat import ChatResponse
 from anybit.server.protocol.common import ErrorResponse, ModelList
 from anybit.server.protocol.completions import CompletionResponse
-from pydantic import TypeAdapter
 
 
 @pytest.fixture(scope="module")

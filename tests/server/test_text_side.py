@@ -4,14 +4,14 @@ import asyncio
 import json
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
 from anybit.engine.errors import CheckpointError
 from anybit.server import chat_template as chat_template_module
 from anybit.server.chat_template import ChatTemplate, load_chat_template
 from anybit.server.config import ConfigError, ServerConfig
 from anybit.server.errors import ContextLengthError, InvalidRequestError
 from anybit.server.tokenizer import PromptTokenizer, load_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
 from tests.server.tiny_checkpoint import write_checkpoint
 
 HI = [{"role": "user", "content": "<Hi> & 'you'"}]
