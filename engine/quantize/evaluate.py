@@ -73,18 +73,18 @@ def evaluate(
     total = len(token_windows) * len(scored)
     done = 0
     for window in token_windows:
-        for variant in scored:
-            variant.pool = _pool_for(variant, len(window))
-        sequences = {id(variant): _sequence(window, variant) for variant in scored}
+        sequences = {id(variant): start_sequence(window, variant) for variant in scored}
         for start in range(0, len(window), _CHUNK):
             count = min(_CHUNK, len(window) - start)
             targets = torch.tensor(window[start + 1 : start + count + 1])
-            expected = _log_probabilities(reference, sequences[id(reference)], count) if reference is not None else None
+            expected = (
+                next_log_probabilities(reference, sequences[id(reference)], count) if reference is not None else None
+            )
             for variant in scored:
                 if variant is reference and expected is not None:
                     log_probs = expected
                 else:
-                    log_probs = _log_probabilities(variant, sequences[id(variant)], count)
+                    log_probs = next_log_probabilities(variant, sequences[id(variant)], count)
                 _accumulate(variant, log_probs[: len(targets)], targets, expected)
         done += len(scored)
         progress(done, total)
@@ -92,11 +92,12 @@ def evaluate(
         variant.pool = None
 
 
-def _log_probabilities(variant: Variant, sequence: TokenSequence, count: int) -> Tensor:
+def next_log_probabilities(variant: Variant, sequence: TokenSequence, count: int) -> Tensor:
     """Log probabilities after each of the sequence's next `count` tokens: float32 [count, vocab]."""
     started = time.perf_counter()
     plan = plan_batch([Chunk(sequence, count)], all_logits=True)
-    assert variant.pool is not None  # set by evaluate
+    if variant.pool is None:
+        raise ValueError("The sequence was not started with start_sequence.")
     log_probs = torch.log_softmax(variant.decoder.forward(plan, variant.pool), -1)
     sequence.num_computed += count
     variant.seconds += time.perf_counter() - started
@@ -112,10 +113,11 @@ def _accumulate(variant: Variant, log_probs: Tensor, targets: Tensor, expected: 
         variant.agreements += int((wanted.argmax(-1) == log_probs.argmax(-1)).sum())
 
 
-def _sequence(window: Sequence[int], variant: Variant) -> TokenSequence:
+def start_sequence(window: Sequence[int], variant: Variant) -> TokenSequence:
+    """A sequence of known tokens at the start of the variant's own, fresh cache."""
+    variant.pool = _pool_for(variant, len(window))
     request = GenerationRequest("evaluate", list(window), SamplingParams(max_tokens=1), Precision(variant.bit_width))
     sequence = TokenSequence(request, arrived_at=0.0)
-    assert variant.pool is not None  # set by evaluate
     sequence.pages = list(range(variant.pool.num_pages))
     return sequence
 
