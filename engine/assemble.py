@@ -10,7 +10,7 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError, CheckpointError
-from anybit.engine.machine import free_bytes, keep_freed_memory, physical_cores, resolve_device
+from anybit.engine.machine import describe_device, free_bytes, keep_freed_memory, physical_cores, resolve_device
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import parse_config
@@ -33,6 +33,8 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     keep_freed_memory()
     torch.set_num_threads(config.threads or physical_cores())
     device = resolve_device(config.device)
+    if config.reproducible and device.type != "cpu":
+        raise ConfigError("Reproducible results are not available on a GPU yet; use --fast or --device cpu.")
     directory = Path(config.checkpoint)
     reader = CheckpointReader(directory)
     manifest = reader.manifest
@@ -49,7 +51,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
     num_pages = _num_pages(config, spec, max_model_len, device)
     core = EngineCore(
-        Runner(decoder, KVPool(spec, num_pages, device), device),
+        Runner(decoder, KVPool(spec, num_pages, device)),
         spec,
         num_pages,
         config.max_num_seqs,
@@ -75,9 +77,9 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         kv_format=config.kv_format,
         kv_bytes_per_token=spec.bytes_per_token,
         kv_capacity_tokens=num_pages * PAGE_SIZE,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        device=describe_device(device),
         compute_dtype=str(dtype).removeprefix("torch."),
-        reproducible=True,
+        reproducible=device.type == "cpu",
         load_seconds=time.monotonic() - started,
     )
     logger.info(

@@ -54,6 +54,7 @@ class Decoder:
     norm: RMSNorm
     head: VocabularyTable
     dtype: torch.dtype
+    device: torch.device
 
     @torch.inference_mode()
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
@@ -99,4 +100,4 @@ def build_decoder(
     embedding = loader.vocabulary("model.embed_tokens")
     layers = tuple(layer(index) for index in range(config.num_layers))
     head = embedding if config.tie_word_embeddings else loader.vocabulary("lm_head")
-    return Decoder(config, embedding, layers, norm("model.norm"), head, dtype)
+    return Decoder(config, embedding, layers, norm("model.norm"), head, dtype, torch.device(device))

@@ -76,7 +76,7 @@ def evaluate(
         sequences = {id(variant): start_sequence(window, variant) for variant in scored}
         for start in range(0, len(window), _CHUNK):
             count = min(_CHUNK, len(window) - start)
-            targets = torch.tensor(window[start + 1 : start + count + 1])
+            targets = torch.tensor(window[start + 1 : start + count + 1], device=scored[0].decoder.device)
             expected = (
                 next_log_probabilities(reference, sequences[id(reference)], count) if reference is not None else None
             )
@@ -95,11 +95,13 @@ def evaluate(
 def next_log_probabilities(variant: Variant, sequence: TokenSequence, count: int) -> Tensor:
     """Log probabilities after each of the sequence's next `count` tokens: float32 [count, vocab]."""
     started = time.perf_counter()
-    plan = plan_batch([Chunk(sequence, count)], all_logits=True)
+    plan = plan_batch([Chunk(sequence, count)], variant.decoder.device, all_logits=True)
     if variant.pool is None:
         raise ValueError("The sequence was not started with start_sequence.")
     log_probs = torch.log_softmax(variant.decoder.forward(plan, variant.pool), -1)
     sequence.num_computed += count
+    if log_probs.is_cuda:
+        torch.cuda.synchronize()
     variant.seconds += time.perf_counter() - started
     return log_probs
 
@@ -128,4 +130,4 @@ def _pool_for(variant: Variant, num_tokens: int) -> KVPool:
     pages = spec.pages_for(num_tokens)
     if variant.pool is not None and variant.pool.num_pages == pages:
         return variant.pool
-    return KVPool(spec, pages)
+    return KVPool(spec, pages, variant.decoder.device)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from anybit.engine.config import ConfigError
 from anybit.engine.errors import SourceError
-from anybit.engine.machine import keep_freed_memory
+from anybit.engine.machine import describe_device, keep_freed_memory, resolve_device
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config
 from anybit.engine.quantize.evaluate import BUILTIN_TEXT, Variant, builtin_text, evaluate, windows
@@ -39,6 +39,7 @@ class EvalOptions:
     lm_head_bits: int = 8
     kv_format: str = "bf16"
     baselines: tuple[str, ...] = ()
+    device: str = "auto"
 
 
 def evaluate_checkpoint(
@@ -71,7 +72,7 @@ def evaluate_checkpoint(
         "text": BUILTIN_TEXT if options.text is None else options.text.name,
         "tokens": variants[0].tokens,
         "context": options.context,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {describe_device(resolve_device(options.device))}, torch {torch.__version__}",
         "method": reader.manifest.method,
         "group_size": reader.manifest.group_size,
         "results": [_row(variant, compared=reference is not None) for variant in variants],
@@ -88,9 +89,10 @@ def quick_perplexity(directory: Path, source: SourceModel, progress: Progress) -
 
 
 def _nested_variants(reader: CheckpointReader, bit_widths: Sequence[int], options: EvalOptions) -> list[Variant]:
-    loader = NestedLoader(reader, bit_widths, options.lm_head_bits)
+    device = resolve_device(options.device)
+    loader = NestedLoader(reader, bit_widths, options.lm_head_bits, device)
     config = parse_config(json.loads((reader.directory / "config.json").read_text()))
-    decoder = build_decoder(config, loader, options.context)
+    decoder = build_decoder(config, loader, options.context, device=device)
     return [
         Variant(str(width), decoder, width, options.kv_format, effective_bits(linear_entries(reader.manifest), width))
         for width in bit_widths
@@ -98,7 +100,8 @@ def _nested_variants(reader: CheckpointReader, bit_widths: Sequence[int], option
 
 
 def _float_variant(source: SourceModel, options: EvalOptions) -> Variant:
-    return _dense_variant("float", DenseLoader(source), source, 8, options, 32.0, "float")
+    loader = DenseLoader(source, device=resolve_device(options.device))
+    return _dense_variant("float", loader, source, 8, options, 32.0, "float")
 
 
 def _baseline_variant(
@@ -108,7 +111,8 @@ def _baseline_variant(
         raise ConfigError(f"The baseline {baseline!r} is not one of {', '.join(BASELINES)}.")
     label = reader.manifest.group_size
     group_size = None if label == "auto" else int(label)
-    loader = MatQuantSliceLoader(DenseLoader(source), group_size, width, options.lm_head_bits)
+    dense = DenseLoader(source, device=resolve_device(options.device))
+    loader = MatQuantSliceLoader(dense, group_size, width, options.lm_head_bits)
     # A slice reads bit r+1 to round (8 bits have none to read) and one scale and zero per group.
     linears = linear_entries(reader.manifest)
     weights = sum(entry.shape[0] * entry.shape[1] for entry in linears)
@@ -125,7 +129,8 @@ def _dense_variant(
     bits: float,
     scheme: str,
 ) -> Variant:
-    decoder = build_decoder(parse_config(source.config), loader, options.context)
+    device = resolve_device(options.device)
+    decoder = build_decoder(parse_config(source.config), loader, options.context, device=device)
     return Variant(label, decoder, width, options.kv_format, bits, scheme)
 
 

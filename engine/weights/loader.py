@@ -62,9 +62,12 @@ class NestedLoader:
 class DenseLoader:
     """Weights as floats, straight from a source model; the float reference of an evaluation."""
 
-    def __init__(self, source: SourceModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: SourceModel, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         self._source = source
         self._dtype = dtype
+        self._device = device
 
     def linear(self, prefixes: Sequence[str], bias: bool) -> DenseLinear:
         weight = torch.cat([self.matrix(f"{prefix}.weight") for prefix in prefixes])
@@ -75,7 +78,7 @@ class DenseLoader:
         return DenseVocabulary(self.matrix(f"{prefix}.weight"))
 
     def vector(self, name: str) -> Tensor:
-        return self._source.tensor(name).to(torch.float32)
+        return self._source.tensor(name).to(self._device, torch.float32)
 
     def matrix(self, name: str) -> Tensor:
-        return self._source.tensor(name).to(self._dtype)
+        return self._source.tensor(name).to(self._device, self._dtype)

@@ -18,19 +18,22 @@ def paged_attention(
 ) -> Tensor:
     """Attend from new tokens to all tokens of their sequence up to their own position.
 
-    q [seqs, tokens, heads, head_dim] float32; k_pages, v_pages [pages, kv_heads, page_size, head_dim];
+    q [seqs, tokens, heads, head_dim]; k_pages, v_pages [pages, kv_heads, page_size, head_dim];
     block_tables int64 [seqs, max_pages], short rows padded with any valid page; positions int64 [seqs, tokens].
-    Keys of the new tokens must already be in their pages. Returns [seqs, tokens, heads, head_dim].
+    Keys of the new tokens must already be in their pages. Returns [seqs, tokens, heads, head_dim]
+    in q's dtype, computed in float32.
     Oracle: `kernels.reference.paged_attention`.
     """
     page_size = k_pages.shape[2]
-    keys = k_pages[block_tables].to(q.dtype)  # [seqs, max_pages, kv_heads, page_size, head_dim]
-    values = v_pages[block_tables].to(q.dtype)
+    keys = k_pages[block_tables].to(torch.float32)  # [seqs, max_pages, kv_heads, page_size, head_dim]
+    values = v_pages[block_tables].to(torch.float32)
     out = torch.empty_like(q)
     for start in range(0, q.shape[1], _QUERY_TILE):
         tile = slice(start, min(start + _QUERY_TILE, q.shape[1]))
         num_pages = int(positions[:, tile].max()) // page_size + 1
-        out[:, tile] = _attend(q[:, tile], keys[:, :num_pages], values[:, :num_pages], positions[:, tile], scale)
+        out[:, tile] = _attend(
+            q[:, tile].to(torch.float32), keys[:, :num_pages], values[:, :num_pages], positions[:, tile], scale
+        )
     return out
 
 

@@ -47,8 +47,10 @@ class FixedPoint:
         if not _int8_products_are_exact(codes.device, group_size):
             fallbacks.record("fixed_point_product", "no exact int8 matrix product here, so float32 does the same sums")
             return self._float_product(codes, digits)
-        pad = 17 - 2 * num_tokens if codes.is_cuda and num_tokens <= 8 else 0  # cuBLAS wants more than 16 rows
-        stacked = F.pad(digits.reshape(groups, 2 * num_tokens, group_size), (0, 0, 0, max(pad, 0)))
+        stacked = digits.reshape(groups, 2 * num_tokens, group_size)
+        if codes.is_cuda:
+            # cuBLAS wants more than 16 rows, and a multiple of 8.
+            stacked = F.pad(stacked, (0, 0, 0, max(24, -(-2 * num_tokens // 8) * 8) - 2 * num_tokens))
         sums = torch.empty(groups, stacked.shape[1], rows, dtype=torch.int32, device=codes.device)
         columns = codes.view(torch.int8).view(rows, groups, group_size).permute(1, 2, 0)
         for left, right, out in zip(stacked.unbind(0), columns.unbind(0), sums.unbind(0), strict=True):

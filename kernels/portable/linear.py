@@ -17,7 +17,7 @@ _BLOCK_SUMS = 1 << 21  # int32 partial sums alive at a time: 8 MiB
 
 
 def linear(x: Tensor, weight: NestedWeight, bit_width: int) -> Tensor:
-    """x Ŵ_rᵀ, each row a function of its own input alone: float32 [tokens, in] -> float32 [tokens, out].
+    """x Ŵ_rᵀ, each row a function of its own input alone: [tokens, in] -> [tokens, out] in x's dtype.
 
     x enters as fixed point numbers (`kernels.portable.fixed_point`). Oracle: `kernels.reference.linear`.
     """
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: NestedWeight, bit_width: int) -> Tensor:
     rows = layout.padded_rows(weight.out_features)
     tile_rows = max(layout.ROW_BLOCK, _TILE_WEIGHTS // weight.in_features // layout.ROW_BLOCK * layout.ROW_BLOCK)
     block_tokens = max(1, _BLOCK_SUMS // (2 * weight.num_groups * min(tile_rows, rows)))
-    activations = FixedPoint.quantize(x, weight.group_size)
+    activations = FixedPoint.quantize(x.to(torch.float32), weight.group_size)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, tile_rows):
         stop = min(start + tile_rows, rows)

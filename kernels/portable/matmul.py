@@ -22,11 +22,14 @@ def batched_matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right with each row of the result a function of its own row of `left` and its own `right` alone.
 
     left [batch, rows, inner] with rows a multiple of ROW_MULTIPLE; right [batch, inner, columns];
-    returns [batch, rows, columns].
+    returns [batch, rows, columns]. On a GPU nothing is promised about rows: engines there say that they are not
+    reproducible.
     """
     inner, columns = right.shape[1:]
     transposed = right.stride(1) < right.stride(2)
-    if _rows_are_independent(inner, columns, transposed, right.dtype, right.device, torch.get_num_threads()):
+    if right.is_cuda or _rows_are_independent(
+        inner, columns, transposed, right.dtype, right.device, torch.get_num_threads()
+    ):
         return torch.bmm(left, right)
     fallbacks.record("batched_matmul", "rows depend on the batch in this BLAS, so each is computed alone")
     out = torch.empty(*left.shape[:2], columns, dtype=left.dtype, device=left.device)

@@ -11,6 +11,7 @@ from rich.table import Table
 from anybit.engine.errors import AnyBitError
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
+    DeviceOption,
     GroupSizeOption,
     JsonOption,
     LmHeadBitsOption,
@@ -41,6 +42,7 @@ def evaluate(
     ] = None,
     kv_format: Annotated[str, typer.Option(metavar="bf16|float32", help="Format of the KV cache.")] = "bf16",
     lm_head_bits: LmHeadBitsOption = 8,
+    device: DeviceOption = "auto",
     method: MethodOption = "rtn",
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
@@ -53,7 +55,7 @@ def evaluate(
 
     from anybit.engine.quantize.measure import EvalOptions, evaluate_checkpoint  # noqa: PLC0415 - loads torch
 
-    options = EvalOptions(text, context, max_tokens, bit_widths, lm_head_bits, kv_format, tuple(baseline or ()))
+    options = EvalOptions(text, context, max_tokens, bit_widths, lm_head_bits, kv_format, tuple(baseline or ()), device)
     unquantized = _find_source(resolved.source, resolved.checkpoint)
     with stage_progress() as progress:
         report = evaluate_checkpoint(

@@ -36,8 +36,13 @@ def serve(
     kv_format: Annotated[str, typer.Option(metavar="bf16|float32", help="Format of the KV cache.")] = "bf16",
     lm_head_bits: LmHeadBitsOption = 8,
     reproducible: Annotated[
-        bool, typer.Option("--reproducible/--fast", help="Results that do not depend on the batch; always so on a CPU.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--reproducible/--fast",
+            help="Results that do not depend on the batch: always so on a CPU, not yet on a GPU.",
+            show_default=False,
+        ),
+    ] = None,
     threads: ThreadsOption = 0,
     max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt + answer; 0 means the model's own.")] = 0,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 16,
@@ -54,8 +59,6 @@ def serve(
     log_level: Annotated[str, typer.Option(metavar="DEBUG|INFO|WARNING", help="How much to log.")] = "INFO",
 ) -> None:
     """Serve a model at any bit-width. Without MODEL: the demo model, downloaded and quantized on first use."""
-    if not reproducible:
-        raise typer.BadParameter("--fast has no effect yet: every path of this version is reproducible.")
     bit_widths = parse_bit_widths(widths)
     engine_config = EngineConfig(
         checkpoint="",
@@ -70,6 +73,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_bytes=kv_cache_mib << 20,
+        reproducible=reproducible,
     )
     engine_config.check()  # before minutes of quantization, not after
     resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
