@@ -19,6 +19,7 @@ from anybit.server.config import ConfigError, ServerConfig
 from anybit.server.service import Service
 
 logger = logging.getLogger("anybit.server")
+logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and stop lines say nothing a user needs
 
 
 class DrainingServer(uvicorn.Server):

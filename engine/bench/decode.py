@@ -12,6 +12,7 @@ import torch
 from anybit.engine.assemble import assemble
 from anybit.engine.config import EngineConfig
 from anybit.engine.core import EngineCore
+from anybit.engine.machine import resolve_device
 from anybit.engine.precision import Precision
 from anybit.engine.types import GenerationRequest, ModelInfo, SamplingParams
 
@@ -34,7 +35,7 @@ def bench_decode(
     """
     config = replace(config, max_num_seqs=max(batches))
     core, info = assemble(config)
-    bandwidth = copy_bytes_per_second()
+    bandwidth = copy_bytes_per_second(resolve_device(config.device))
     cells = [(width, batch) for width in bit_widths for batch in batches]
     samples: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
     for round_index in range(rounds):
@@ -53,14 +54,16 @@ def bench_decode(
     }
 
 
-def copy_bytes_per_second() -> float:
-    """Bytes read plus written per second by a plain copy, the best of a few."""
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes read plus written per second by a plain copy on the device, the best of a few."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * _COPY_BYTES / best
 

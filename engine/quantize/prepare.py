@@ -12,6 +12,7 @@ from anybit.engine.weights.cache import building, require_free_space
 from anybit.engine.weights.download import demo_gguf, hub_snapshot
 from anybit.engine.weights.manifest import Manifest, write_manifest
 from anybit.engine.weights.open_source import open_source
+from anybit.engine.weights.resolve import is_repository
 from anybit.engine.weights.source import SourceModel
 
 Progress = Callable[[str, int, int], None]
@@ -23,7 +24,7 @@ def fetch_source(source: str, progress: Progress = lambda *_: None) -> SourceMod
     if source == "demo":
         return open_source(demo_gguf(lambda done, total: progress("download", done, total)))
     path = Path(source)
-    return open_source(path if path.exists() else hub_snapshot(source))
+    return open_source(hub_snapshot(source) if not path.exists() and is_repository(source) else path)
 
 
 def prepare_checkpoint(

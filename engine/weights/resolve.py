@@ -48,10 +48,15 @@ def resolve_model(
         return ResolvedModel(
             path.stem if path.is_file() else path.name, _cached(path.stem, _fingerprint(path), options), str(path)
         )
-    if _REPOSITORY.fullmatch(model):
+    if is_repository(model):
         name = model.split("/")[1]
         return ResolvedModel(name, _cached(name, f"hub/{model}", options), model)
     raise SourceError(f"There is no model at {model}.")
+
+
+def is_repository(model: str) -> bool:
+    """Whether a name has the form of a hub repository, owner/name."""
+    return _REPOSITORY.fullmatch(model) is not None
 
 
 def _cached(name: str, identity: str, options: str) -> Path:

@@ -1,4 +1,4 @@
-"""Asks a running server each prompt at every width, alone and all widths at once, and compares the texts.
+"""Asks a running server each prompt at every width, alone and then many at once, and compares the texts.
 
 anybit serve &
 python tests/bench/same_answer.py --prompts 20 --max-tokens 128 --json same_answer.json
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--parallel", type=int, default=15, help="requests in flight together: all widths of 3 prompts")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     client = OpenAI(base_url=options.base_url, api_key="none", timeout=600, max_retries=0)
@@ -39,17 +40,18 @@ def main() -> int:
         return answer.parse().choices[0].message.content or ""
 
     started = time.perf_counter()
-    equal = different_widths = 0
-    for prompt in PROMPTS[: options.prompts]:
-        alone = [ask(prompt, width) for width in widths]
-        with ThreadPoolExecutor(len(widths)) as pool:
-            together = list(pool.map(lambda width, text=prompt: ask(text, width), widths))
-        equal += sum(one == other for one, other in zip(alone, together, strict=True))
-        different_widths += len(set(alone)) > 1
+    jobs = [(prompt, width) for prompt in PROMPTS[: options.prompts] for width in widths]
+    alone = [ask(*job) for job in jobs]
+    with ThreadPoolExecutor(options.parallel) as pool:
+        together = list(pool.map(lambda job: ask(*job), jobs))
+    equal = sum(one == other for one, other in zip(alone, together, strict=True))
+    per_prompt = [alone[start : start + len(widths)] for start in range(0, len(alone), len(widths))]
+    different_widths = sum(len(set(texts)) > 1 for texts in per_prompt)
     asked = len(widths) * options.prompts
     report = {
         "prompts": options.prompts,
         "max_tokens": options.max_tokens,
+        "parallel": options.parallel,
         "widths": widths,
         "answers": asked,
         "identical_alone_and_together": equal,
