@@ -18,6 +18,7 @@ from prompts import PROMPTS
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--first", type=int, default=0, help="skip this many prompts")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--parallel", type=int, default=15, help="requests in flight together: all widths of 3 prompts")
@@ -40,16 +41,16 @@ def main() -> int:
         return answer.parse().choices[0].message.content or ""
 
     started = time.perf_counter()
-    jobs = [(prompt, width) for prompt in PROMPTS[: options.prompts] for width in widths]
+    jobs = [(prompt, width) for prompt in PROMPTS[options.first :][: options.prompts] for width in widths]
     alone = [ask(*job) for job in jobs]
     with ThreadPoolExecutor(options.parallel) as pool:
         together = list(pool.map(lambda job: ask(*job), jobs))
     equal = sum(one == other for one, other in zip(alone, together, strict=True))
     per_prompt = [alone[start : start + len(widths)] for start in range(0, len(alone), len(widths))]
     different_widths = sum(len(set(texts)) > 1 for texts in per_prompt)
-    asked = len(widths) * options.prompts
+    asked = len(jobs)
     report = {
-        "prompts": options.prompts,
+        "prompts": len(per_prompt),
         "max_tokens": options.max_tokens,
         "parallel": options.parallel,
         "widths": widths,
