@@ -4,7 +4,9 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 
 from anybit.engine.config import ConfigError, EngineConfig
@@ -127,8 +129,8 @@ def _num_pages(config: EngineConfig, spec: KVSpec, max_model_len: int, device: t
 
 def _read_config(directory: Path) -> DecoderConfig:
     try:
-        return parse_config(json.loads((directory / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        return parse_config(msgspec.json.decode((directory / "config.json").read_bytes(), type=dict[str, Any]))
+    except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"The file {directory / 'config.json'} cannot be read.") from error
 
 

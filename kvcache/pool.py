@@ -29,6 +29,10 @@ class KVPool:
     def values(self, layer: int) -> Tensor:
         return self._pages[layer, 1]
 
+    def clear(self, page_ids: list[int]) -> None:
+        """Zero pages that may hold numbers that are not finite, before others use them."""
+        self._pages[:, :, page_ids] = 0
+
     def write(self, layer: int, page_ids: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store new tokens: page_ids, offsets int64 [tokens]; keys, values [tokens, kv_heads, head_dim]."""
         self._pages[layer, 0, page_ids, :, offsets] = keys.to(self.spec.dtype)

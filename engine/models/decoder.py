@@ -62,6 +62,8 @@ class Decoder:
         hidden = self.embedding.embed(plan.token_ids).to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
+        if plan.logits_rows.numel() == 0:  # no sequence is complete yet: a long prompt's first chunks
+            return torch.empty(0, self.config.vocab_size, device=self.device)
         return self.head.logits(self.norm(hidden[plan.logits_rows])).to(torch.float32)
 
 

@@ -18,7 +18,7 @@ def parse_config(config: Config) -> DecoderConfig:
         raise UnsupportedModelError(f"Models of type {family!r} are not supported; supported types: {known}.")
     try:
         return parser(config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         if isinstance(error, KeyError):
             raise UnsupportedModelError(f"The model's config.json lacks the entry {error}.") from error
         raise UnsupportedModelError(f"The model's config.json cannot be used: {error}.") from error

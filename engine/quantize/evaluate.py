@@ -23,7 +23,7 @@ BUILTIN_TEXT = "alice_in_wonderland.txt"
 """Chapters I to III of Lewis Carroll's Alice's Adventures in Wonderland (1865), which is in the public domain."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Variant:
     """One way of reading a model: a decoder at a width, with totals that grow as text is scored."""
 

@@ -60,7 +60,7 @@ def _codes(entry: TensorEntry, bit_width: int) -> int:
 def _floats(entry: TensorEntry) -> int:
     """Bytes of one number per (group, row)."""
     groups = layout.padded_rows(entry.shape[0]) * (entry.shape[1] // entry.group_size)
-    return groups * FLOAT_DTYPES[entry.float_dtype].itemsize
+    return groups * int(FLOAT_DTYPES[entry.float_dtype].itemsize)
 
 
 def _num_weights(entries: Iterable[TensorEntry]) -> int:

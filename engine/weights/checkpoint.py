@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anybit.engine.errors import CheckpointError
-from anybit.engine.weights.manifest import Manifest, TensorEntry, read_manifest
+from anybit.engine.weights.manifest import FLOAT_DTYPE_NAMES, Manifest, TensorEntry, read_manifest
 from anybit.kernels import layout
 from anybit.kernels.nested import NestedWeight
 
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD_BYTES = 512 << 20
-FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+FLOAT_DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPE_NAMES}
 
 
 def nested_tensors(name: str, weight: NestedWeight) -> dict[str, Tensor]:
@@ -154,12 +154,12 @@ class CheckpointReader:
     ) -> NestedWeight:
         """Memory for several weights of one input, stacked along the output."""
         entries = [self.entry(name) for name in names]
-        if len({(entry.shape[1], entry.group_size, entry.float_dtype) for entry in entries}) != 1:
-            raise CheckpointError("Weights that share an input differ in group size or float dtype.")
+        if len({(entry.shape[1], entry.group_size) for entry in entries}) != 1:
+            raise CheckpointError("Weights that share an input differ in group size.")
         rows = [entry.shape[0] for entry in entries]
         if any(count % layout.ROW_BLOCK for count in rows[:-1]):
             raise CheckpointError(f"Weights of {rows} rows cannot be stacked: all but the last must be multiples of 8.")
         first = entries[0]
-        return NestedWeight.allocate(
-            sum(rows), first.shape[1], first.group_size, bit_widths, FLOAT_DTYPES[first.float_dtype], device
-        )
+        # Where one part needs the wider type, all of the stack gets it.
+        float_dtype = max((FLOAT_DTYPES[entry.float_dtype] for entry in entries), key=lambda dtype: dtype.itemsize)
+        return NestedWeight.allocate(sum(rows), first.shape[1], first.group_size, bit_widths, float_dtype, device)

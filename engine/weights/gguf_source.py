@@ -55,6 +55,10 @@ class GGUFSource:
             raise UnsupportedModelError(
                 f"GGUF files of architecture {architecture!r} are not supported; supported: {known}."
             )
+        if any(name.endswith(".bias") for name in self._tensors):
+            raise UnsupportedModelError(f"{path} has biases, which are not supported in GGUF files.")
+        if self._field(f"{architecture}.rope.scaling.type") not in (None, "none"):
+            raise UnsupportedModelError(f"{path} scales its rotary embeddings, which is not supported in GGUF files.")
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ class HuggingFaceSource:
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()
         if not (directory / INDEX_NAME).is_file() and not (directory / "model.safetensors").is_file():
-            if any(directory.glob(f"*{suffix}") for suffix in PICKLE_SUFFIXES):
+            if any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
                 raise SourceError(
                     f"{directory} holds only pickle weights, which can run code when loaded; convert them to safetensors."
                 )

@@ -6,11 +6,13 @@ from typing import Any
 
 import msgspec
 
+from anybit.engine.config import BIT_WIDTHS
 from anybit.engine.errors import CheckpointError
 
 MANIFEST_NAME = "anybit.json"
 FORMAT_VERSION = 1
 DECODERS = ("affine",)
+FLOAT_DTYPE_NAMES = ("float16", "float32")
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,8 +56,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     try:
         raw = path.read_bytes()
-        version = msgspec.json.decode(raw).get("format_version")
-    except (OSError, msgspec.DecodeError, AttributeError) as error:
+        version = msgspec.json.decode(raw, type=dict[str, Any]).get("format_version")
+    except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{directory} is not an AnyBit checkpoint: {MANIFEST_NAME} cannot be read.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -67,7 +69,18 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
     if manifest.decoder not in DECODERS:
         raise CheckpointError(f"{directory} uses the decoder {manifest.decoder!r}, which this AnyBit does not know.")
+    if not manifest.bit_widths or any(width not in BIT_WIDTHS for width in manifest.bit_widths):
+        raise CheckpointError(f"{path} names bit-widths that do not exist: {list(manifest.bit_widths)}.")
+    for name, entry in manifest.tensors.items():
+        _check_entry(path, name, entry)
     return manifest
+
+
+def _check_entry(path: Path, name: str, entry: TensorEntry) -> None:
+    out_features, in_features = entry.shape
+    grouped = entry.group_size > 0 and in_features % entry.group_size == 0 and in_features % 32 == 0
+    if out_features < 1 or in_features < 1 or not grouped or entry.float_dtype not in FLOAT_DTYPE_NAMES:
+        raise CheckpointError(f"{path} describes the weight {name} in a way that makes no sense; quantize it again.")
 
 
 def manifest_sha256(directory: Path) -> str:

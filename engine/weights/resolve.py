@@ -14,7 +14,7 @@ from anybit.engine.weights.cache import cache_root
 from anybit.engine.weights.download import DEMO_NAME, DEMO_REPOSITORY
 from anybit.engine.weights.manifest import FORMAT_VERSION, MANIFEST_NAME
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_SOURCES = ("wheel", "hub")
 
 

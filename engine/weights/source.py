@@ -39,8 +39,8 @@ class SourceModel(Protocol):
 
 
 def first_sentence(error: Exception) -> str:
-    """The first line of a foreign error, without a final stop, to be quoted inside a sentence of ours."""
+    """The first sentence of a foreign error, without its final stop, to be quoted inside a sentence of ours."""
     if isinstance(error, AnyBitError):
         return str(error).rstrip(".")
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    return (lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".")

@@ -31,7 +31,7 @@ class FixedPoint:
     @staticmethod
     def quantize(x: Tensor, group_size: int) -> "FixedPoint":
         """Nearest fixed point numbers of x, float32 [tokens, in]. A NaN or infinite input makes its step NaN or infinite."""
-        grouped = x.view(x.shape[0], -1, group_size)
+        grouped = x.view(x.shape[0], x.shape[1] // group_size, group_size)
         step = grouped.abs().amax(2, keepdim=True).div_(_LARGEST)
         q = grouped.div(step.clamp(min=torch.finfo(torch.float32).tiny)).round_()
         high = q.mul(1 / _DIGIT_BASE).round_()

@@ -1,8 +1,8 @@
 """Nested linear layers in plain PyTorch: right on every device; native kernels come beside it.
 
 Codes are unpacked to one byte a weight, a tile at a time, multiplied as integers, and scaled per group; no weight is
-ever turned into a float. Integer sums are exact and the float operations that follow are elementwise or sum a
-fixed number of groups, so a token's result cannot depend on its neighbours (ARCHITECTURE, "Same answer").
+ever turned into a float. Integer sums are exact and the float operations that follow are elementwise, in an
+order fixed by the number of groups, so a token's result cannot depend on its neighbours (ARCHITECTURE, "Same answer").
 """
 
 import torch
@@ -42,15 +42,22 @@ def _scaled_sum(
 ) -> Tensor:
     """Σ over groups of step·(s·Σq·hi + t·Σq·lo + z·Σq): float32 [tokens of the block, rows of the tile].
 
-    Every operation before the last rounds once and elementwise: none may be fused. The last adds the groups of one
-    output element in an order that depends on their number alone.
+    Every operation rounds once and elementwise, and none may be fused: the order in which the groups of an output
+    element are added depends on their number alone.
     """
     part = tile.affine[bit_width]
     terms = activations.product(hi, block).mul_(_float(tile.affine[min(bit_width, layout.NIBBLE_BITS)].scale))
     if lo is not None:
         terms.add_(activations.product(lo, block).mul_(_float(part.scale)))
     terms.add_(activations.total[:, block] * _float(part.zero)).mul_(activations.step[:, block])
-    return terms.sum(0)
+    # Halves onto halves, one elementwise addition at a time: a library's sum orders the last few columns of a row
+    # otherwise than the rest.
+    groups = terms.shape[0]
+    while groups > 1:
+        half = groups // 2
+        terms[:half].add_(terms[groups - half : groups])
+        groups -= half
+    return terms[0]
 
 
 def _float(per_group: Tensor) -> Tensor:
