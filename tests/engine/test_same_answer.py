@@ -187,8 +187,10 @@ def test_neighbour_that_leaves_changes_no_bit(model, alone):
     assert_same(finish(core, recording, events), alone, ["r0", "r2"])
 
 
-def poisoned_request(length):
-    return make_request("poisoned", [*prompt(length - 1, 7), POISON], 5, 8)
+def poisoned_request(length, position=-1):
+    token_ids = prompt(length, 7)
+    token_ids[position] = POISON
+    return make_request("poisoned", token_ids, 5, 8)
 
 
 def test_request_that_is_not_finite_fails_and_its_neighbours_keep_every_bit(model, alone):
@@ -205,4 +207,12 @@ def test_request_that_is_not_finite_leaves_nothing_in_its_pages(model, alone):
     core.add(poisoned_request(100))
     (event,) = core.step()
     assert event.finish_reason is FinishReason.ERROR
+    assert_same(Answers(run(core, [REQUESTS[1], REQUESTS[6]]), recording.logits), alone)
+
+
+def test_request_that_is_not_finite_and_leaves_in_mid_prompt_leaves_nothing_in_its_pages(model, alone):
+    core, recording = model.core(num_pages=2, max_step_tokens=50)
+    core.add(poisoned_request(100, position=20))
+    assert core.step() == []
+    core.abort("poisoned")
     assert_same(Answers(run(core, [REQUESTS[1], REQUESTS[6]]), recording.logits), alone)
