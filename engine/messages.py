@@ -9,7 +9,6 @@ from anybit.engine.config import EngineConfig
 from anybit.engine.types import EngineStats, GenerationRequest, ModelInfo, TokenEvent
 
 FRAME_HEADER = struct.Struct("<I")
-MAX_FRAME_BYTES = 64 << 20
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):

@@ -26,8 +26,4 @@ class Runner:
         params = [sequence.request.sampling for sequence in plan.sampled]
         counts = [sequence.num_generated for sequence in plan.sampled]
         tokens = sample(logits, params, counts) if plan.sampled else []
-        results = list(zip(plan.sampled, tokens, strict=True))
-        for sequence, token in results:
-            if token is None:
-                self._pool.clear(sequence.pages)
-        return plan, results
+        return plan, list(zip(plan.sampled, tokens, strict=True))

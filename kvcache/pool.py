@@ -15,7 +15,6 @@ class KVPool:
         self.spec = spec
         self.num_pages = num_pages
         shape = (spec.num_layers, 2, num_pages, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
-        # Zeros, not garbage: masked keys are multiplied by a weight of 0, and 0 · NaN would not vanish.
         if torch.device(device).type == "cpu":
             # An anonymous mapping is zero and costs memory only where pages are used.
             memory = mmap.mmap(-1, num_pages * spec.page_bytes)
@@ -28,10 +27,6 @@ class KVPool:
 
     def values(self, layer: int) -> Tensor:
         return self._pages[layer, 1]
-
-    def clear(self, page_ids: list[int]) -> None:
-        """Zero pages that may hold numbers that are not finite, before others use them."""
-        self._pages[:, :, page_ids] = 0
 
     def write(self, layer: int, page_ids: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store new tokens: page_ids, offsets int64 [tokens]; keys, values [tokens, kv_heads, head_dim]."""

@@ -49,6 +49,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: f
     queries = F.pad(queries, (0, 0, 0, padded - rows))
     row_positions = F.pad(positions.repeat_interleave(heads // kv_heads, 1), (0, padded - rows))
     key_positions = torch.arange(pages * page_size, device=q.device).view(pages, 1, page_size)
+    # What lies beyond a sequence's end is left over from another; weighted 0, a number that is not finite would remain.
+    beyond = key_positions.view(pages, 1, page_size, 1) > positions.amax(1).view(seqs, 1, 1, 1, 1)
+    values = values.masked_fill(beyond, 0)
     hidden = key_positions > row_positions.view(seqs, 1, padded, 1)  # [seqs, pages, padded, page_size]
 
     left = queries.unsqueeze(1).expand(-1, pages, -1, -1, -1).reshape(-1, padded, head_dim)

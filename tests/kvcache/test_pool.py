@@ -74,17 +74,6 @@ def test_write_replaces_what_a_page_held():
     assert torch.equal(pool.values(0)[1, :, 63], values[0])
 
 
-def test_clear_zeroes_the_given_pages_in_every_layer_and_no_other():
-    pool = KVPool(SPEC, 4)
-    for layer in range(2):
-        pool.keys(layer).fill_(torch.nan)
-        pool.values(layer).fill_(torch.nan)
-    pool.clear([3, 1])
-    for part in (pool.keys(0), pool.values(0), pool.keys(1), pool.values(1)):
-        assert not part[[1, 3]].any()
-        assert torch.isnan(part[[0, 2]]).all()
-
-
 def test_write_rounds_to_bfloat16():
     spec = KVSpec(2, 3, 4, "bf16")
     pool = KVPool(spec, 1)
