@@ -90,7 +90,7 @@ class GGUFSource:
             raise SourceError(f"{self._path} lacks the tensor {name}.")
         try:
             weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
-        except (NotImplementedError, ValueError) as error:
+        except (NotImplementedError, ValueError) as error:  # what the gguf library raises for a type it cannot decode
             raise SourceError(
                 f"The tensor {name} of {self._path} cannot be decoded: {first_sentence(error)}."
             ) from error

@@ -72,6 +72,6 @@ def _int8_products_are_exact(device: torch.device, group_size: int) -> bool:
     codes = torch.full((64, group_size), _MAX_CODE, dtype=torch.int8, device=device)
     try:
         sums = torch._int_mm(digits, codes.T)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # PyTorch builds without the operation say so in either way
         return False
     return torch.equal(sums.double(), digits.double() @ codes.double().T)
