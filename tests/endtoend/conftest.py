@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 
 from tests.endtoend.command import ServeCommand, run_anybit
-from tests.endtoend.tiny_source import write_tiny_source
+from tests.fixtures.tiny_llama import save_llama, tiny_llama
 
 
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_source(tmp_path_factory.mktemp("source") / "tiny-llama")
+    return save_llama(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("source") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
