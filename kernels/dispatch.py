@@ -3,14 +3,17 @@
 Today every device runs the portable PyTorch path; native CPU and GPU kernels will be chosen here by device and shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable import attention as portable_attention
+from anybit.kernels.portable import elementwise
 from anybit.kernels.portable import linear as portable_linear
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": elementwise.silu, "gelu_tanh": elementwise.gelu_tanh}
 
 WidthSegment = tuple[int, int, int]
 """Rows start .. stop−1 of a batch and the bit-width they are computed at: (bit_width, start, stop)."""
@@ -32,7 +35,21 @@ def embedding(token_ids: Tensor, weight: NestedWeight, bit_width: int) -> Tensor
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, positions: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention over paged keys and values; shapes in `kernels.portable.attention.paged_attention`."""
-    return portable_attention.paged_attention(q, k_pages, v_pages, block_tables, positions, scale)
+    return portable_attention.paged_attention(
+        q, k_pages, v_pages, block_tables, positions, scale, window=window, softcap=softcap
+    )
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap·tanh(x/cap), in place."""
+    return elementwise.softcap_(x, cap)

@@ -45,12 +45,20 @@ def matquant_slice(codes: Tensor, bit_width: int) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, positions: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of new tokens over their sequence's pages, in float64, one query at a time.
 
     q [seqs, tokens, heads, head_dim]; k_pages, v_pages [pages, kv_heads, page_size, head_dim];
-    block_tables [seqs, max_pages]; positions [seqs, tokens]: the query at position p sees keys 0 .. p.
+    block_tables [seqs, max_pages]; positions [seqs, tokens]: the query at position p sees keys 0 .. p,
+    or with a window p − window + 1 .. p. A softcap turns scores into softcap·tanh(score/softcap).
     Returns float32 [seqs, tokens, heads, head_dim].
     """
     num_seqs, num_tokens, num_heads, _ = q.shape
@@ -62,7 +70,10 @@ def paged_attention(
         values = v_pages[pages].double().transpose(1, 2).flatten(0, 1)
         for token in range(num_tokens):
             length = int(positions[seq, token]) + 1
+            seen = slice(0 if window is None else max(0, length - window), length)
             for head in range(num_heads):
-                scores = keys[:length, head // group] @ q[seq, token, head].double() * scale
-                out[seq, token, head] = torch.softmax(scores, 0) @ values[:length, head // group]
+                scores = keys[seen, head // group] @ q[seq, token, head].double() * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[seq, token, head] = torch.softmax(scores, 0) @ values[seen, head // group]
     return out.float()

@@ -5,13 +5,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Frequency scaling of rotary embeddings. `kind` is "default", "linear" or "llama3"."""
+    """Frequency scaling of rotary embeddings. `kind` is "default", "linear", "llama3" or "yarn"."""
 
     kind: str = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: int = 8192  # llama3, yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # yarn: factor on sines and cosines
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embeddings of a layer: base and scaling."""
+
+    theta: float
+    scaling: RopeScaling = RopeScaling()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """What may differ from layer to layer."""
+
+    rope: Rope
+    sliding_window: int | None = None  # a query sees this many tokens, itself included; None: all before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +41,29 @@ class DecoderConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    rope_scaling: RopeScaling = RopeScaling()
+    layers: tuple[LayerConfig, ...]
+    activation: str = "silu"  # or "gelu_tanh"
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # a norm over head_dim on queries and keys before the rotation
+    norm_offset: float = 0.0  # added to every norm's weight
+    output_norms: bool = False  # a norm after attention and one after the feed-forward block too
+    embedding_scale: float = 1.0
+    query_scale: float | None = None  # instead of head_dim^-1/2
+    attention_softcap: float | None = None  # cap·tanh(score/cap)
+    logits_softcap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def attention_scale(self) -> float:
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.query_scale is None else self.query_scale

@@ -15,6 +15,7 @@ from anybit.engine.layers.mlp import GatedMLP
 from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
+from anybit.kernels import dispatch
 from anybit.kvcache.pool import KVPool
 
 
@@ -34,14 +35,20 @@ class WeightLoader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
+    """Attention and feed-forward block with a norm before each and, in some families, one after each."""
+
     attention_norm: RMSNorm
     attention: Attention
+    attention_output_norm: RMSNorm | None
     mlp_norm: RMSNorm
     mlp: GatedMLP
+    mlp_output_norm: RMSNorm | None
 
     def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), plan, pool)
-        return hidden + self.mlp(self.mlp_norm(hidden), plan.segments)
+        attended = self.attention(self.attention_norm(hidden), plan, pool)
+        hidden = hidden + (attended if self.attention_output_norm is None else self.attention_output_norm(attended))
+        fed = self.mlp(self.mlp_norm(hidden), plan.segments)
+        return hidden + (fed if self.mlp_output_norm is None else self.mlp_output_norm(fed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +66,14 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
         """Compute the plan's rows, extend the KV cache by them, return float32 logits [len(plan.logits_rows), vocab]."""
-        hidden = self.embedding.embed(plan.token_ids).to(self.dtype)
+        hidden = self.embedding.embed(plan.token_ids).mul_(self.config.embedding_scale).to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
         if plan.logits_rows.numel() == 0:  # no sequence is complete yet: a long prompt's first chunks
             return torch.empty(0, self.config.vocab_size, device=self.device)
-        return self.head.logits(self.norm(hidden[plan.logits_rows])).to(torch.float32)
+        logits = self.head.logits(self.norm(hidden[plan.logits_rows])).to(torch.float32)
+        cap = self.config.logits_softcap
+        return logits if cap is None else dispatch.softcap(logits, cap)
 
 
 def build_decoder(
@@ -75,14 +84,19 @@ def build_decoder(
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """Assemble a decoder from a loader; linears that share an input are fused (q/k/v, gate/up)."""
-    rotary = RotaryEmbedding(config, max_positions, device)
+    rotary = {
+        rope: RotaryEmbedding(rope, config.head_dim, max_positions, device)
+        for rope in {layer.rope for layer in config.layers}
+    }
 
     def norm(name: str) -> RMSNorm:
-        return RMSNorm(loader.vector(f"{name}.weight"), config.rms_norm_eps)
+        return RMSNorm(loader.vector(f"{name}.weight") + config.norm_offset, config.rms_norm_eps)
 
     def layer(index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}"
         qkv = [f"{prefix}.self_attn.{name}_proj" for name in "qkv"]
+        # Families with output norms call the one before the feed-forward block otherwise.
+        before_mlp = "pre_feedforward_layernorm" if config.output_norms else "post_attention_layernorm"
         return DecoderLayer(
             attention_norm=norm(f"{prefix}.input_layernorm"),
             attention=Attention(
@@ -90,13 +104,18 @@ def build_decoder(
                 index,
                 qkv=loader.linear(qkv, config.attention_bias),
                 output=loader.linear([f"{prefix}.self_attn.o_proj"], config.attention_output_bias),
-                rotary=rotary,
+                rotary=rotary[config.layers[index].rope],
+                query_norm=norm(f"{prefix}.self_attn.q_norm") if config.qk_norm else None,
+                key_norm=norm(f"{prefix}.self_attn.k_norm") if config.qk_norm else None,
             ),
-            mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
+            attention_output_norm=norm(f"{prefix}.post_attention_layernorm") if config.output_norms else None,
+            mlp_norm=norm(f"{prefix}.{before_mlp}"),
             mlp=GatedMLP(
                 gate_up=loader.linear([f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], config.mlp_bias),
                 down=loader.linear([f"{prefix}.mlp.down_proj"], config.mlp_bias),
+                activation=dispatch.ACTIVATIONS[config.activation],
             ),
+            mlp_output_norm=norm(f"{prefix}.post_feedforward_layernorm") if config.output_norms else None,
         )
 
     embedding = loader.vocabulary("model.embed_tokens")

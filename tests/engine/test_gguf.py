@@ -67,7 +67,7 @@ def test_config_is_the_models(model, path):
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (512, 64, 96)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 16)
     assert config.rms_norm_eps == pytest.approx(model.config.rms_norm_eps)
-    assert (config.rope_theta, config.max_position_embeddings) == (10_000.0, 512)
+    assert (config.layers[0].rope.theta, config.max_position_embeddings) == (10_000.0, 512)
     assert not config.tie_word_embeddings
     assert source.name == "tiny"
     assert source.location == str(path.resolve())

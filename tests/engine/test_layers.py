@@ -1,5 +1,7 @@
 """The small layers: right by definition, and the same bits for a row in any company."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from anybit.engine.layers.mlp import GatedMLP
 from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.registry import parse_config
+from anybit.kernels import dispatch
 from anybit.kernels.reference import dequantize
 from tests.fixtures.nested import normal, random_nested
 from tests.fixtures.tiny_llama import tiny_config
@@ -39,19 +42,25 @@ def test_rms_norm_gives_a_row_the_same_bits_in_any_batch(hidden, rows):
     assert torch.equal(norm(x[rows]), norm(x)[rows])
 
 
-def dense_mlp(hidden=24, inner=40):
-    return GatedMLP(DenseLinear(normal(2 * inner, hidden, seed=1)), DenseLinear(normal(hidden, inner, seed=2)))
+def dense_mlp(activation, hidden=24, inner=40):
+    gate_up, down = DenseLinear(normal(2 * inner, hidden, seed=1)), DenseLinear(normal(hidden, inner, seed=2))
+    return GatedMLP(gate_up, down, dispatch.ACTIVATIONS[activation])
 
 
-def test_gated_mlp_follows_its_formula():
-    mlp, x = dense_mlp(), normal(7, 24)
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [("silu", torch.nn.functional.silu), ("gelu_tanh", partial(torch.nn.functional.gelu, approximate="tanh"))],
+)
+def test_gated_mlp_follows_its_formula(activation, function):
+    mlp, x = dense_mlp(activation), normal(7, 24)
     gate, up = (x @ mlp.gate_up.weight.T).chunk(2, dim=1)
-    expected = (torch.nn.functional.silu(gate) * up) @ mlp.down.weight.T
+    expected = (function(gate) * up) @ mlp.down.weight.T
     assert torch.allclose(mlp(x, [(4, 0, 7)]), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_gated_mlp_stays_finite_for_large_inputs():
-    mlp = GatedMLP(DenseLinear(torch.eye(2).repeat(2, 1)), DenseLinear(torch.eye(2)))
+@pytest.mark.parametrize("activation", dispatch.ACTIVATIONS)
+def test_gated_mlp_stays_finite_for_large_inputs(activation):
+    mlp = GatedMLP(DenseLinear(torch.eye(2).repeat(2, 1)), DenseLinear(torch.eye(2)), dispatch.ACTIVATIONS[activation])
     assert mlp(torch.tensor([[500.0, -500.0]]), [(4, 0, 1)]).tolist() == [[250_000.0, 0.0]]
 
 
@@ -61,23 +70,26 @@ def test_gated_mlp_gives_a_row_the_same_bits_in_any_batch(shape, rows):
     hidden, inner = shape
     inner = -(-inner // 32) * 32
     mlp = GatedMLP(
-        NestedLinear(random_nested(2 * inner, hidden, 32)), NestedLinear(random_nested(hidden, inner, 32, seed=1))
+        NestedLinear(random_nested(2 * inner, hidden, 32)),
+        NestedLinear(random_nested(hidden, inner, 32, seed=1)),
+        dispatch.ACTIVATIONS["silu"],
     )
     x = normal(70, hidden)
     assert torch.equal(mlp(x[rows], [(4, 0, len(rows))]), mlp(x, [(4, 0, 70)])[rows])
 
 
 @quick
-@given(st.integers(1, 40), some_rows)
-def test_gate_gives_a_row_the_same_bits_whatever_its_length(size, rows):
+@given(st.integers(1, 40), some_rows, st.sampled_from(sorted(dispatch.ACTIVATIONS)))
+def test_gate_gives_a_row_the_same_bits_whatever_its_length(size, rows, activation):
     """Rows that fill no whole vector register, with projections that could not tell rows apart."""
-    mlp = GatedMLP(lambda x, _: torch.cat((x, 3 * x), 1), lambda x, _: x)
+    mlp = GatedMLP(lambda x, _: torch.cat((x, 3 * x), 1), lambda x, _: x, dispatch.ACTIVATIONS[activation])
     x = normal(70, size)
     assert torch.equal(mlp(x[rows], []), mlp(x, [])[rows])
 
 
 def rotary(**overrides):
-    return RotaryEmbedding(parse_config(tiny_config(**overrides).to_dict()), 100)
+    config = parse_config(tiny_config(**overrides).to_dict())
+    return RotaryEmbedding(config.layers[0].rope, config.head_dim, 100)
 
 
 def test_rotary_turns_each_pair_by_its_angle():

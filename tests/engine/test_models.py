@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anybit.engine.batch import Chunk, plan_batch
 from anybit.engine.errors import UnsupportedModelError
-from anybit.engine.models.config import DecoderConfig, RopeScaling
+from anybit.engine.models.config import DecoderConfig, LayerConfig, Rope, RopeScaling
 from anybit.engine.models.registry import parse_config
 from anybit.engine.sequence import Sequence
 from anybit.kvcache.pool import KVPool
@@ -97,8 +97,7 @@ CONFIG = json.loads(tiny_config().to_json_string())
 def test_parse_config_reads_rope_as_written_by_old_and_new_libraries(changes, theta, scaling):
     plain = {key: value for key, value in CONFIG.items() if not key.startswith("rope")}
     parsed = parse_config({**plain, **changes})
-    assert parsed.rope_theta == theta
-    assert parsed.rope_scaling == scaling
+    assert parsed.layers == (LayerConfig(Rope(theta, scaling)),) * 2
 
 
 def test_parse_config_fills_in_what_old_configs_leave_out():
@@ -136,9 +135,18 @@ def test_parse_config_names_a_missing_entry(key):
         ({"model_type": None}, "None"),
         ({"model_type": ["llama"]}, "llama"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}}, "mscale"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "part of the head"),
+        ({"num_hidden_layers": 0}, "0 layers"),
+        ({"num_hidden_layers": 2**40}, "layers"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"}}, "low_freq_factor"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "'gelu'"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "Bidirectional"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "1 layer types for 2 layers"),
+        ({"model_type": "mistral", "layer_types": ["chunked_attention"] * 2}, "'chunked_attention'"),
+        ({"model_type": "mistral", "sliding_window": 0}, "window of 0"),
         ({"hidden_size": "wide"}, "wide"),
         ({"num_hidden_layers": None}, "NoneType"),
     ],
@@ -157,7 +165,11 @@ json_values = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from([*CONFIG, "rope_scaling", "rope_theta"]), json_values)
-def test_parse_config_reads_or_refuses_whatever_an_entry_holds(key, value):
+@given(
+    st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]),
+    st.sampled_from([*CONFIG, "rope_scaling", "rope_theta", "layer_types", "sliding_window", "sliding_window_pattern"]),
+    json_values,
+)
+def test_parse_config_reads_or_refuses_whatever_an_entry_holds(family, key, value):
     with suppress(UnsupportedModelError):
-        assert isinstance(parse_config({**CONFIG, key: value}), DecoderConfig)
+        assert isinstance(parse_config({**CONFIG, "model_type": family, key: value}), DecoderConfig)

@@ -1,6 +1,7 @@
 """Paged attention against the oracle, and the promise that a query's result depends on its own keys alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,11 @@ class Cache:
         longest = max(map(len, rows))
         return torch.tensor([row + [self.tables[0][-1]] * (longest - len(row)) for row in rows])
 
-    def attend(self, q: torch.Tensor, positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        return dispatch.paged_attention(q, self.keys, self.values, tables, positions, q.shape[-1] ** -0.5)
+    def attend(self, q: torch.Tensor, positions: torch.Tensor, tables: torch.Tensor, **options: Any) -> torch.Tensor:
+        return dispatch.paged_attention(q, self.keys, self.values, tables, positions, q.shape[-1] ** -0.5, **options)
 
-    def expect(self, q: torch.Tensor, positions: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        return reference.paged_attention(q, self.keys, self.values, tables, positions, q.shape[-1] ** -0.5)
+    def expect(self, q: torch.Tensor, positions: torch.Tensor, tables: torch.Tensor, **options: Any) -> torch.Tensor:
+        return reference.paged_attention(q, self.keys, self.values, tables, positions, q.shape[-1] ** -0.5, **options)
 
 
 def make_cache(lengths, kv_heads, head_dim, dtype=torch.bfloat16, page_size=PAGE_SIZE, seed=0):
@@ -68,6 +69,17 @@ def test_attention_is_near_the_oracle_in_decode(heads, kv_heads, dtype):
     q, positions = normal(5, 1, heads, 64), torch.tensor(lengths)[:, None] - 1
     tables = cache.table(0, 1, 2, 3, 4)
     assert torch.allclose(cache.attend(q, positions, tables), cache.expect(q, positions, tables), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 30, 64, 100, 1000])
+def test_attention_sees_no_further_than_its_window_and_caps_its_scores(window, softcap):
+    cache = make_cache([150], 2, 32)
+    q, options = normal(1, 150, 4, 32), {"window": window, "softcap": softcap}
+    got, expected = (f(q, up_to(150), cache.table(0), **options) for f in (cache.attend, cache.expect))
+    assert torch.allclose(got, expected, rtol=0, atol=4e-6)
+    alone = cache.attend(q[:, 149:], torch.tensor([[149]]), cache.table(0), **options)
+    assert torch.equal(alone[:, 0], got[:, 149])
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64])
