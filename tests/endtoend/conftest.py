@@ -9,7 +9,8 @@ from tests.fixtures.tiny_llama import save_llama, tiny_llama
 
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("source") / "tiny-llama")
+    model = tiny_llama(intermediate_size=128, tie_word_embeddings=True)  # two group sizes: 64 inputs, and 128
+    return save_llama(model, tmp_path_factory.mktemp("source") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
