@@ -4,6 +4,7 @@ from collections.abc import Sequence as ReadOnly
 
 from anybit.engine.batch import BatchPlan, Chunk, plan_batch
 from anybit.engine.models.decoder import Decoder
+from anybit.engine.penalties import adjust_logits
 from anybit.engine.sampling import sample
 from anybit.engine.sequence import Sequence
 from anybit.kvcache.pool import KVPool
@@ -23,6 +24,7 @@ class Runner:
         """
         plan = plan_batch(chunks, self._decoder.device)
         logits = self._decoder.forward(plan, self._pool)
+        adjust_logits(logits, plan.sampled)
         params = [sequence.request.sampling for sequence in plan.sampled]
         counts = [sequence.num_generated for sequence in plan.sampled]
         tokens = sample(logits, params, counts) if plan.sampled else []

@@ -30,9 +30,14 @@ def sample(logits: Tensor, params: ReadOnly[SamplingParams], num_generated: Read
 
 
 def _draw(logits: Tensor, params: SamplingParams, uniform: float) -> int:
-    """Inverse-CDF draw from the tempered distribution cut to top-k, then to the nucleus (arXiv 1904.09751)."""
+    """Inverse-CDF draw from the tempered distribution, cut to min-p, then top-k, then the nucleus.
+
+    Min-p: arXiv 2407.01082; nucleus: arXiv 1904.09751.
+    """
     # Float64 and a full sort: the cost of one row is small beside a forward pass, and ties stay in token order.
     ordered, token_ids = torch.sort(logits.double() / params.temperature, descending=True, stable=True)
+    if params.min_p:
+        ordered = ordered[: int((ordered >= ordered[0] + math.log(params.min_p)).sum())]
     if params.top_k:
         ordered = ordered[: params.top_k]
     probabilities = torch.softmax(ordered, 0)

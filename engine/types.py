@@ -26,6 +26,11 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps every token
+    min_p: float = 0.0  # keeps tokens at least this share as likely as the likeliest
+    presence_penalty: float = 0.0  # taken from the logit of every token generated before
+    frequency_penalty: float = 0.0  # and this for every time it was
+    repetition_penalty: float = 1.0  # divides the logits of tokens in prompt or answer (multiplies negative ones)
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
 

@@ -28,6 +28,10 @@ class SequencePlanner:
 
         Raises ContextLengthError and InvalidRequestError when a prompt cannot be served.
         """
+        unknown = [token_id for token_id in body.logit_bias if token_id >= self.model.vocab_size]
+        if unknown:
+            message = f"logit_bias names token id {unknown[0]}, but the model knows ids below {self.model.vocab_size}."
+            raise InvalidRequestError(message, param="logit_bias")
         limits = [self._token_limit(body.token_limit, prompt) for prompt in prompts]
         stop_token_ids = () if body.ignore_eos else tuple(sorted(self.eos_token_ids.union(self.model.eos_token_ids)))
         sequences: list[GenerationRequest] = []
@@ -38,6 +42,11 @@ class SequencePlanner:
                     temperature=_temperature(body.temperature),
                     top_p=1.0 if body.top_p is None else body.top_p,
                     top_k=min(max(body.top_k or 0, 0), self.model.vocab_size),
+                    min_p=body.min_p or 0.0,
+                    presence_penalty=body.presence_penalty or 0.0,
+                    frequency_penalty=body.frequency_penalty or 0.0,
+                    repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+                    logit_bias=body.logit_bias,
                     seed=_seed(body.seed, choice),
                     stop_token_ids=stop_token_ids,
                 )

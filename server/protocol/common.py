@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
-from anybit.server.protocol.text import STOP_SCHEMA, parse_stop, wrong
+from anybit.server.protocol.text import LOGIT_BIAS_SCHEMA, STOP_SCHEMA, parse_logit_bias, parse_stop, wrong
 
 MAX_CHOICES = 16
 MAX_FAN_OUT = 64  # sequences of one request: prompts times n
@@ -40,6 +40,17 @@ class GenerationFields(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=16_777_216)] | None = Field(default=None, description="-1 and 0 turn it off.")
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="Keeps tokens at least this share as likely as the likeliest."
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
+        default=None, description="Above 1, tokens of the prompt and of the answer become less likely; 1 turns it off."
+    )
+    logit_bias: Annotated[dict[int, float], PlainValidator(parse_logit_bias), WithJsonSchema(LOGIT_BIAS_SCHEMA)] = (
+        Field(default={}, description="Token id to what is added to its logit, from -100 to 100.")
+    )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(parse_stop), WithJsonSchema(STOP_SCHEMA)] = ()
     stream: bool | None = None

@@ -10,6 +10,8 @@ MAX_PROMPTS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOKEN_ID = 2**31 - 1
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100
 
 
 def wrong(sentence: str, param: str | None = None) -> PydanticCustomError:
@@ -84,6 +86,41 @@ def parse_stop(value: Any) -> tuple[str, ...]:
         check_text(text)
     return tuple(dict.fromkeys(texts))
 
+
+def parse_logit_bias(value: Any) -> dict[int, float]:
+    """The biases of a request by token id, which JSON writes as a string; null means none."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise wrong("logit_bias must be an object of token ids and numbers.")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise wrong(f"There are {len(value)} biases; one request takes at most {MAX_LOGIT_BIASES}.")
+    return {_bias_token(key): _bias(bias) for key, bias in value.items()}
+
+
+def _bias_token(key: Any) -> int:
+    if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= MAX_TOKEN_ID):
+        raise wrong(f"The keys of logit_bias must be token ids between 0 and {MAX_TOKEN_ID}.")
+    return int(key)
+
+
+def _bias(value: Any) -> float:
+    if type(value) not in (int, float) or not -MAX_LOGIT_BIAS <= value <= MAX_LOGIT_BIAS:
+        raise wrong(f"A bias must be a number between -{MAX_LOGIT_BIAS} and {MAX_LOGIT_BIAS}.")
+    return float(value)
+
+
+LOGIT_BIAS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "maxProperties": MAX_LOGIT_BIASES,
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
+        },
+        {"type": "null"},
+    ]
+}
 
 PROMPT_SCHEMA: dict[str, Any] = {
     "anyOf": [

@@ -10,12 +10,7 @@ from anybit.server.errors import InvalidRequestError, shorten
 # Field -> the values that ask for nothing; null always does.
 _COMMON: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
     "length_penalty": (1, 1.0),
-    "min_p": (0, 0.0),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
     "use_beam_search": (False,),

@@ -49,6 +49,14 @@ def test_serve_streams_the_text_it_gives_whole(tiny_server: ServeCommand, width:
     assert "".join(chunk.choices[0].text for chunk in stream) == whole
 
 
+def test_serve_logit_bias_forces_a_token_and_a_penalty_then_forbids_it(tiny_server: ServeCommand) -> None:
+    forced = complete(tiny_server, PROMPTS[0], 4, max_tokens=6, logit_bias={"40": 100})
+    assert forced == 6 * forced[:1]
+    assert complete(tiny_server, PROMPTS[0], 4, max_tokens=6, logit_bias={"41": 100}) != forced
+    varied = complete(tiny_server, PROMPTS[0], 4, max_tokens=6, logit_bias={"40": 1, "41": 1}, frequency_penalty=2)
+    assert varied != forced
+
+
 def test_serve_chat_says_the_width_it_served(tiny_server: ServeCommand) -> None:
     for width in WIDTHS:
         raw = tiny_server.openai.chat.completions.with_raw_response.create(

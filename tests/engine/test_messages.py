@@ -32,7 +32,10 @@ from anybit.engine.types import (
 )
 
 REQUEST = GenerationRequest(
-    "id-ä", [1, 2**31], SamplingParams(7, 0.5, 0.9, 40, 2**63 - 1, stop_token_ids=(3, 4)), Precision(6)
+    "id-ä",
+    [1, 2**31],
+    SamplingParams(7, 0.5, 0.9, 40, logit_bias={5: -1.5}, seed=2**63 - 1, stop_token_ids=(3, 4)),
+    Precision(6),
 )
 INFO = ModelInfo(
     name="tiny",

@@ -13,17 +13,20 @@ from anybit.engine.types import SamplingParams
 LOGITS = torch.tensor([1.0, 2.5, -3.0, 2.5, 0.3, -0.7, 1.9, 0.0])
 
 
-def params(temperature=1.0, top_p=1.0, top_k=0, seed=0):
-    return SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+def params(temperature=1.0, top_p=1.0, top_k=0, seed=0, min_p=0.0):
+    return SamplingParams(max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
 
 
 def draw(logits, count, **settings):
     return sample(logits[None], [params(**settings)], [count])[0]
 
 
-def expected_distribution(logits, temperature, top_p, top_k):
-    """Softmax at the temperature; the k likeliest (ties: smaller id first); the smallest set that reaches top_p."""
+def expected_distribution(logits, temperature, top_p, top_k, min_p=0.0):
+    """Softmax at the temperature, cut three times: tokens below min_p of the likeliest, all but the k likeliest (ties:
+    smaller id first), all but the smallest set that reaches top_p.
+    """
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: top_k or None]
+    order = [token for token in order if math.exp((logits[token] - logits[order[0]]) / temperature) >= min_p]
     weights = [math.exp((logits[token] - logits[order[0]]) / temperature) for token in order]
     total, mass, kept = sum(weights), 0.0, {}
     for token, weight in zip(order, weights, strict=True):
@@ -43,6 +46,8 @@ CUTS = [
     {"temperature": 1.0, "top_p": 0.75, "top_k": 0},
     {"temperature": 2.0, "top_p": 0.8, "top_k": 5},
     {"temperature": 0.1, "top_p": 1.0, "top_k": 8},
+    {"temperature": 1.5, "top_p": 1.0, "top_k": 0, "min_p": 0.3},
+    {"temperature": 1.0, "top_p": 0.7, "top_k": 4, "min_p": 0.1},
 ]
 
 

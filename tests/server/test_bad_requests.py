@@ -77,11 +77,18 @@ def post(server, body: bytes, headers=JSON):
         ({"echo": True}, "echo", "'echo' is not supported"),
         ({"logprobs": 0}, "logprobs", "'logprobs' is not supported"),
         ({"suffix": "x"}, "suffix", "'suffix' is not supported"),
-        ({"logit_bias": {"1": 5}}, "logit_bias", "'logit_bias' is not supported"),
-        ({"presence_penalty": 1}, "presence_penalty", "'presence_penalty' is not supported"),
-        ({"frequency_penalty": False}, "frequency_penalty", "'frequency_penalty' is not supported"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty", "'repetition_penalty' is not supported"),
-        ({"min_p": 0.1}, "min_p", "'min_p' is not supported"),
+        ({"logit_bias": []}, "logit_bias", "must be an object"),
+        ({"logit_bias": {"one": 5}}, "logit_bias", "must be token ids"),
+        ({"logit_bias": {"-1": 5}}, "logit_bias", "must be token ids"),
+        ({"logit_bias": {"9" * 5000: 5}}, "logit_bias", "must be token ids"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "between -100 and 100"),
+        ({"logit_bias": {"1": True}}, "logit_bias", "between -100 and 100"),
+        ({"logit_bias": {"512": 1}}, "logit_bias", "token id 512, but the model knows ids below 512"),
+        ({"logit_bias": {str(key): 1 for key in range(1025)}}, "logit_bias", "at most 1024"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": False}, "frequency_penalty", "number"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "'response_format' is not supported"),
         ({"unheard_of": 1}, "unheard_of", "Unknown field 'unheard_of'."),
         ({"tools": []}, "tools", "Unknown field 'tools'."),
@@ -104,7 +111,7 @@ def test_missing_prompt(server):
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("field", ["temperature", "top_p"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
 def test_numbers_that_are_not_finite(server, field, literal):
     body = f'{{"prompt": "Hello", "{field}": {literal}}}'.encode()
     assert_error(post(server, body), 400, "finite number", field)

@@ -156,8 +156,6 @@ def test_wrong_messages_are_refused_in_one_sentence(server, messages, sentence):
         {"chat_template": "{{ 1 }}"},
         {"chat_template_kwargs": {"tokenize": True}},
         {"store": True},
-        {"logit_bias": {"5": 1}},
-        {"presence_penalty": 0.5},
         {"reasoning_effort": "high"},
     ],
 )

@@ -135,6 +135,14 @@ def test_sampling_fields_reach_the_engine(server):
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.5, 0.25, 7, 9)
 
 
+def test_penalties_and_biases_reach_the_engine(server):
+    fields = {"min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.25}
+    assert server.complete(**fields, logit_bias={"5": -100, "007": 2.5}).status_code == 200
+    sampling = server.engine.requests[-1].sampling
+    assert {name: getattr(sampling, name) for name in fields} == fields
+    assert sampling.logit_bias == {5: -100.0, 7: 2.5}
+
+
 def test_sampling_defaults(server):
     server.complete(top_k=-1, temperature=None, top_p=None)
     sampling = server.engine.requests[-1].sampling

@@ -1,0 +1,42 @@
+"""Changes that a request asks for in its own logits, before the next token is chosen."""
+
+from collections.abc import Sequence as ReadOnly
+
+import torch
+from torch import Tensor
+
+from anybit.engine.sequence import Sequence
+from anybit.engine.types import SamplingParams
+
+
+@torch.inference_mode()  # logits of a forward pass may be changed nowhere else
+def adjust_logits(logits: Tensor, sequences: ReadOnly[Sequence]) -> None:
+    """Apply each sequence's penalties and biases to its row of float32 logits [sequences, vocab], in place."""
+    for row, sequence in zip(logits, sequences, strict=True):
+        if _changes_logits(sequence.request.sampling):
+            _adjust(row, sequence)
+
+
+def _changes_logits(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+    )
+
+
+def _adjust(row: Tensor, sequence: Sequence) -> None:
+    params, start = sequence.request.sampling, sequence.num_prompt_tokens
+    if params.repetition_penalty != 1:
+        # Sign-aware form of arXiv 1909.05858, section 4.1: a seen token always becomes less likely for penalties above 1.
+        seen = _tensor(sorted(set(sequence.token_ids)), row)
+        logits = row[seen]
+        row[seen] = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = torch.bincount(_tensor(sequence.token_ids[start:], row), minlength=row.numel())
+        row -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+    if params.logit_bias:
+        biases = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+        row[_tensor(list(params.logit_bias), row)] += biases
+
+
+def _tensor(token_ids: list[int], row: Tensor) -> Tensor:
+    return torch.tensor(token_ids, dtype=torch.int64, device=row.device)
