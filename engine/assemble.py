@@ -17,7 +17,9 @@ from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import parse_config
 from anybit.engine.runner import Runner
+from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.types import ModelInfo
+from anybit.engine.weight_traffic import WeightTraffic
 from anybit.engine.weights.accounting import bytes_read, linear_entries, vocabulary_entries, width_info
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
@@ -26,6 +28,9 @@ from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
 logger = logging.getLogger("anybit.engine")
+
+# A GPU serves nothing else; what stays free there is for activations. A machine's memory has other users.
+_KV_SHARE_OF_FREE = {"cpu": 0.25, "cuda": 0.85}
 
 
 def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
@@ -52,20 +57,22 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     decoder = build_decoder(model_config, loader, max_model_len, dtype, device)
     spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
     num_pages = _num_pages(config, spec, max_model_len, device)
+    checkpoint_hash = manifest_sha256(directory)
+    prefix_identity = checkpoint_hash if config.prefix_cache else None
     core = EngineCore(
         Runner(decoder, KVPool(spec, num_pages, device)),
-        spec,
-        num_pages,
-        config.max_num_seqs,
-        config.max_step_tokens,
+        Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.max_step_tokens, prefix_identity)),
+        spec.page_bytes,
         max_model_len,
-        bytes_read_per_step={width: bytes_read(linear_entries(manifest), width) for width in bit_widths},
-        head_bytes_per_step=bytes_read(vocabulary_entries(manifest)[-1:], config.lm_head_bits),
+        WeightTraffic(
+            {width: bytes_read(linear_entries(manifest), width) for width in bit_widths},
+            head_bytes=bytes_read(vocabulary_entries(manifest)[-1:], config.lm_head_bits),
+        ),
     )
     info = ModelInfo(
         name=config.model_name,
         checkpoint=config.checkpoint,
-        checkpoint_hash=manifest_sha256(directory),
+        checkpoint_hash=checkpoint_hash,
         method=manifest.method,
         source=manifest.source_name,
         widths=[width_info(manifest, width, config.lm_head_bits) for width in bit_widths],
@@ -116,7 +123,7 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _num_pages(config: EngineConfig, spec: KVSpec, max_model_len: int, device: torch.device) -> int:
     """Pages that fit the budget, no more than all sequences at full length could fill; at least one full sequence."""
-    budget = config.kv_cache_bytes or free_bytes(device) // 4
+    budget = config.kv_cache_bytes or int(free_bytes(device) * _KV_SHARE_OF_FREE[device.type])
     one_sequence = spec.pages_for(max_model_len)
     pages = min(budget // spec.page_bytes, config.max_num_seqs * one_sequence)
     if pages < one_sequence and not config.kv_cache_bytes:

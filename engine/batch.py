@@ -38,8 +38,17 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Rows of one sequence whose next tokens are known and asked for: `token_ids[i]` follows row `row_ids[i]`."""
+
+    sequence: Sequence
+    row_ids: Tensor  # int64 [scored]
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Inputs of one forward pass. `sampled` lists the sequences of `logits_rows`, in order."""
+    """Inputs of one forward pass. `sampled` lists the sequences of `sampled_rows`, in order."""
 
     token_ids: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows]
@@ -47,12 +56,13 @@ class BatchPlan:
     page_offsets: Tensor  # int64 [rows]
     segments: tuple[WidthSegment, ...]
     attention_groups: tuple[AttentionGroup, ...]
-    logits_rows: Tensor  # int64 [sampled]
+    sampled_rows: Tensor  # int64 [sampled]
     sampled: tuple[Sequence, ...]
+    scored: tuple[ScoredRows, ...]
 
 
-def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu", all_logits: bool = False) -> BatchPlan:
-    """Lay out chunks of sequences that own enough pages. `all_logits` asks for every row's logits (evaluation)."""
+def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> BatchPlan:
+    """Lay out chunks of sequences that own enough pages."""
     ordered = sorted(chunks, key=lambda chunk: chunk.sequence.bit_width)  # stable: arrival order within a width
     token_ids: list[int] = []
     positions: list[int] = []
@@ -88,9 +98,25 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu", all_
         page_offsets=row_positions % PAGE_SIZE,
         segments=tuple(segments),
         attention_groups=_attention_groups(ordered, first_rows, row_positions),
-        logits_rows=tensor(list(range(len(token_ids))) if all_logits else [row for row, _ in completing]),
+        sampled_rows=tensor([row for row, _ in completing]),
         sampled=tuple(sequence for _, sequence in completing),
+        scored=tuple(
+            scored
+            for row, chunk in zip(first_rows, ordered, strict=True)
+            if chunk.sequence.wants_prompt_logprobs and (scored := _scored_rows(chunk, row, device)) is not None
+        ),
     )
+
+
+def _scored_rows(chunk: Chunk, first_row: int, device: torch.device | str) -> ScoredRows | None:
+    sequence, start = chunk.sequence, chunk.sequence.num_computed
+    # Row p predicts token p + 1. After a preemption rows are computed again, but their scores are known.
+    first = max(start, sequence.num_scored)
+    last = min(start + chunk.num_tokens, sequence.num_prompt_tokens - 1)
+    if first >= last:
+        return None
+    row_ids = torch.arange(first_row + first - start, first_row + last - start, device=device)
+    return ScoredRows(sequence, row_ids, sequence.token_ids[first + 1 : last + 1])
 
 
 def _attention_groups(

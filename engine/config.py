@@ -19,7 +19,8 @@ class EngineConfig:
     """Settings of one engine process.
 
     `bit_widths` empty means every width of the checkpoint. `max_model_len` 0 means what the model was trained for.
-    `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free memory.
+    `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free memory (on a GPU
+    most of it). `prefix_cache` keeps the pages of ended sequences for later ones with the same beginning.
     `threads` 0 means the physical cores. `max_step_tokens` bounds how many tokens one step computes, so that a long
     prompt delays running sequences by no more than that. `reproducible` asks for results that do not depend on the
     batch (None: wherever that is possible).
@@ -38,6 +39,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_step_tokens: int = 256
     kv_cache_bytes: int = 0
+    prefix_cache: bool = True
     reproducible: bool | None = None
 
     def check(self) -> None:

@@ -1,5 +1,6 @@
 """How many bits of each weight a request reads."""
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -17,3 +18,8 @@ class Precision:
     def label(self) -> str:
         """The value of the `bit_width` metric label and of the `X-Bit-Width` response header."""
         return str(self.bit_width)
+
+    @property
+    def content_hash(self) -> str:
+        """Hex SHA-256 of what is computed under this precision: equal for equal plans, whatever they are called."""
+        return hashlib.sha256(f"every layer: {self.bit_width}".encode()).hexdigest()

@@ -1,13 +1,36 @@
-"""Executes one step on the device: plan, forward pass, sampling."""
+"""Executes one step on the device: plan, forward pass, log probabilities, sampling."""
 
 from collections.abc import Sequence as ReadOnly
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from anybit.engine.batch import BatchPlan, Chunk, plan_batch
+from anybit.engine.logprobs import score_rows, token_logprobs
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.penalties import adjust_logits
 from anybit.engine.sampling import sample
 from anybit.engine.sequence import Sequence
+from anybit.engine.types import TokenLogprob
 from anybit.kvcache.pool import KVPool
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of a sequence, or None where its logits were not finite."""
+
+    sequence: Sequence
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step found out: tokens of the sequences that can go on, scores of prompts that asked for them."""
+
+    widths: frozenset[int]
+    sampled: list[SampledToken]
+    scored: list[tuple[Sequence, list[TokenLogprob]]] = field(default_factory=list)
 
 
 class Runner:
@@ -17,15 +40,40 @@ class Runner:
         self._decoder = decoder
         self._pool = pool
 
-    def run(self, chunks: ReadOnly[Chunk]) -> tuple[BatchPlan, list[tuple[Sequence, int | None]]]:
-        """Compute the chunks; returns the plan and, for each sequence that can go on, its next token.
-
-        The token is None for a sequence whose logits were not finite.
-        """
+    def run(self, chunks: ReadOnly[Chunk]) -> StepOutput:
+        """Compute the chunks."""
         plan = plan_batch(chunks, self._decoder.device)
-        logits = self._decoder.forward(plan, self._pool)
-        adjust_logits(logits, plan.sampled)
+        hidden = self._decoder.forward(plan, self._pool)
+        return StepOutput(
+            frozenset(width for width, _, _ in plan.segments),
+            self._sample(plan, hidden) if plan.sampled else [],
+            [
+                (
+                    rows.sequence,
+                    score_rows(
+                        self._decoder,
+                        hidden[rows.row_ids],
+                        rows.token_ids,
+                        rows.sequence.request.sampling.num_prompt_logprobs or 0,
+                    ),
+                )
+                for rows in plan.scored
+            ],
+        )
+
+    def _sample(self, plan: BatchPlan, hidden: Tensor) -> list[SampledToken]:
+        logits = self._decoder.logits(hidden[plan.sampled_rows])
         params = [sequence.request.sampling for sequence in plan.sampled]
-        counts = [sequence.num_generated for sequence in plan.sampled]
-        tokens = sample(logits, params, counts) if plan.sampled else []
-        return plan, list(zip(plan.sampled, tokens, strict=True))
+        reporting = [row for row, param in enumerate(params) if param.num_logprobs is not None]
+        own_logits = logits[reporting] if reporting else None  # a copy, which penalties leave alone
+        adjust_logits(logits, plan.sampled)
+        token_ids = sample(logits, params, [sequence.num_generated for sequence in plan.sampled])
+        logprobs: dict[int, TokenLogprob] = {}
+        if own_logits is not None:
+            tokens = [token_ids[row] or 0 for row in reporting]
+            num_top = [params[row].num_logprobs or 0 for row in reporting]
+            logprobs = dict(zip(reporting, token_logprobs(own_logits, tokens, num_top), strict=True))
+        return [
+            SampledToken(sequence, token_id, logprobs.get(row))
+            for row, (sequence, token_id) in enumerate(zip(plan.sampled, token_ids, strict=True))
+        ]

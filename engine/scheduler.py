@@ -1,28 +1,58 @@
-"""Continuous batching: which tokens the next step computes.
+"""Continuous batching: which tokens the next step computes, and whose keys and values stay in memory.
 
-A sequence is admitted when all pages it can ever need are free, so that whatever runs can finish. Decoding sequences
-go first in every step; what is left of the step's token budget goes to prompts, in order of arrival.
+Decoding sequences go first in every step; what is left of the step's token budget goes to prompts, in order of arrival.
+A sequence gets pages for the tokens it has when it is admitted and one more whenever it grows into it. When there is
+none left, the youngest sequence is preempted: it gives up its pages and is computed again later, with the same tokens.
+The oldest sequence is never preempted for another and fits the whole cache, so something always gets done.
 """
 
-from collections import Counter, deque
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 
 from anybit.engine.batch import Chunk
 from anybit.engine.errors import CapacityError
 from anybit.engine.sequence import Sequence
 from anybit.kvcache.allocator import PageAllocator
 from anybit.kvcache.check import check_integrity
-from anybit.kvcache.spec import KVSpec
+from anybit.kvcache.prefix import PageKeys, root_key
+from anybit.kvcache.spec import PAGE_SIZE, KVSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """`max_step_tokens` bounds the tokens of one step, so that a long prompt delays others by no more than that.
+
+    `checkpoint_hash` tells models apart in the keys of the prefix cache; None turns the prefix cache off.
+    """
+
+    max_num_seqs: int
+    max_step_tokens: int
+    checkpoint_hash: str | None
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What happened since the start."""
+
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences and their pages."""
+    """Owns the waiting and the running sequences, both in order of arrival, and their pages."""
 
-    def __init__(self, spec: KVSpec, allocator: PageAllocator, max_num_seqs: int, max_step_tokens: int) -> None:
+    def __init__(self, spec: KVSpec, num_pages: int, config: SchedulerConfig) -> None:
         self._spec = spec
-        self._allocator = allocator
-        self._max_num_seqs = max_num_seqs
-        self._max_step_tokens = max_step_tokens
-        self._waiting: deque[Sequence] = deque()
+        self._config = config
+        self.allocator = PageAllocator(num_pages)
+        self._index = self.allocator.index
+        self.counters = SchedulerCounters()
+        self._arrivals = count()
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
 
     @property
@@ -35,14 +65,29 @@ class Scheduler:
     def waiting_by_width(self) -> dict[int, int]:
         return dict(Counter(sequence.bit_width for sequence in self._waiting))
 
+    def sequences(self) -> list[Sequence]:
+        """Running, then waiting."""
+        return [*self._running, *self._waiting]
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; CapacityError if it could not run even alone."""
         needed = self._spec.pages_for(sequence.max_tokens_cached)
-        if needed > self._allocator.num_pages:
+        if needed > self.allocator.num_pages:
             raise CapacityError(
-                f"The request needs {needed} pages of KV cache but the server has {self._allocator.num_pages}; "
+                f"The request needs {needed} pages of KV cache but the server has {self.allocator.num_pages}; "
                 "ask for fewer tokens."
             )
+        request = sequence.request
+        if self._config.checkpoint_hash is not None:
+            sequence.page_keys = PageKeys(
+                root_key(
+                    self._config.checkpoint_hash,
+                    request.precision.content_hash,
+                    self._spec.format,
+                    request.cache_salt,
+                )
+            )
+        sequence.arrival_number = next(self._arrivals)
         self._waiting.append(sequence)
 
     def find(self, request_id: str) -> Sequence | None:
@@ -53,39 +98,121 @@ class Scheduler:
 
     def schedule(self, now: float) -> list[Chunk]:
         """The next step's chunks, at most `max_step_tokens` tokens; empty when nothing can run."""
-        self._admit(now)
+        if not self._extend_running():
+            self._admit(now)  # else what was just taken away would be taken back
         chunks = [Chunk(sequence, 1) for sequence in self._running if sequence.num_pending == 1]
-        budget = self._max_step_tokens - len(chunks)
+        budget = self._config.max_step_tokens - len(chunks)
         for sequence in self._running:
             if sequence.num_pending > 1 and budget > 0:
                 chunk = Chunk(sequence, min(sequence.num_pending, budget))
                 chunks.append(chunk)
                 budget -= chunk.num_tokens
-        return chunks[: self._max_step_tokens]
+        return chunks[: self._config.max_step_tokens]
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence that ended and give its pages back."""
+    def record(self, chunks: list[Chunk]) -> None:
+        """Take note that a step has computed these chunks; pages that are full now can be found by later sequences."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            before, sequence.num_computed = sequence.num_computed, sequence.num_computed + chunk.num_tokens
+            full = sequence.num_computed // PAGE_SIZE
+            if sequence.page_keys is not None and full > before // PAGE_SIZE:
+                keys = sequence.page_keys.first(full, sequence.token_ids)
+                for page in range(before // PAGE_SIZE, full):
+                    self._index.insert(keys[page], sequence.pages[page])
+
+    def remove(self, sequence: Sequence, *, keep_pages: bool = True) -> None:
+        """Forget a sequence that ended and give its pages back; unless `keep_pages`, nobody will find their content."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self._allocator.release(sequence.pages)
-            sequence.pages = []
+            if not keep_pages:
+                for page_id in sequence.pages:
+                    self._index.discard(page_id)
+            self._give_up_pages(sequence)
         else:
             self._waiting.remove(sequence)
 
     def check_integrity(self) -> None:
-        """Raise IntegrityError unless pages and running sequences agree."""
-        check_integrity(self._allocator, (sequence.pages for sequence in self._running))
+        """Raise IntegrityError unless pages, index and running sequences agree."""
+        check_integrity(self.allocator, (sequence.pages for sequence in self._running))
+
+    def _extend_running(self) -> bool:
+        """Give every running sequence pages for all its tokens; whether others had to be preempted for that."""
+        preempted = False
+        for sequence in list(self._running):
+            while sequence in self._running:
+                pages = self.allocator.allocate(self._spec.pages_for(len(sequence.token_ids)) - len(sequence.pages))
+                if pages is not None:
+                    sequence.pages += pages
+                    break
+                self._preempt(self._running[-1])
+                preempted = True
+        return preempted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._give_up_pages(sequence)
+        sequence.num_computed = 0
+        insort(self._waiting, sequence, key=_by_arrival)
+        self.counters.preemptions += 1
+
+    def _give_up_pages(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.pages)
+        sequence.pages = []
 
     def _admit(self, now: float) -> None:
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            pages = self._allocator.allocate(self._spec.pages_for(sequence.max_tokens_cached))
-            if pages is None:
-                return  # in order of arrival: a small request never overtakes a large one for good
-            sequence.pages = pages
-            sequence.scheduled_at = now
-            self._running.append(self._waiting.popleft())
+        """Move sequences from waiting to running, in order of arrival: a small one never overtakes a large one for good.
 
-    def sequences(self) -> list[Sequence]:
-        """Running, then waiting."""
-        return [*self._running, *self._waiting]
+        One whose next page is just being computed by another waits for it, which lets younger ones pass meanwhile.
+        """
+        for sequence in list(self._waiting):
+            if len(self._running) >= self._config.max_num_seqs:
+                return
+            keys = self._shareable_keys(sequence)
+            shared = self._index.find(keys)
+            if len(shared) < len(keys) and keys[len(shared)] in self._keys_in_progress():
+                continue
+            if not self._assign_pages(sequence, shared):
+                return
+            if sequence.scheduled_at is None:
+                sequence.scheduled_at = now
+                sequence.num_cached_tokens = sequence.num_computed
+                self.counters.prefix_queried_tokens += sequence.num_prompt_tokens
+                self.counters.prefix_hit_tokens += sequence.num_computed
+            self._waiting.remove(sequence)
+            insort(self._running, sequence, key=_by_arrival)
+
+    def _assign_pages(self, sequence: Sequence, shared: list[int]) -> bool:
+        """Give a sequence the shared pages and new ones for the rest of its tokens; False if there are too few."""
+        self.allocator.share(shared)  # first, so that they are not taken for something else
+        needed = self._spec.pages_for(len(sequence.token_ids)) - len(shared)
+        # Every running sequence may grow by a page soon: without this headroom it would preempt the one just admitted.
+        if needed + len(self._running) > self.allocator.num_available and self._running:
+            pages = None
+        else:
+            pages = self.allocator.allocate(needed)
+        if pages is None:
+            self.allocator.release(shared)
+            return False
+        sequence.pages = shared + pages
+        sequence.num_computed = len(shared) * PAGE_SIZE
+        return True
+
+    def _shareable_keys(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the pages a sequence need not compute itself: at least its newest token must run through the model."""
+        if sequence.page_keys is None or sequence.wants_prompt_logprobs:
+            return []
+        return sequence.page_keys.first((len(sequence.token_ids) - 1) // PAGE_SIZE, sequence.token_ids)
+
+    def _keys_in_progress(self) -> set[bytes]:
+        return {key for sequence in self._running for key in _keys_to_come(sequence)}
+
+
+def _keys_to_come(sequence: Sequence) -> Iterator[bytes]:
+    """Keys of the full pages that a prefill in progress has still to compute."""
+    if sequence.page_keys is not None and sequence.num_pending > 1:
+        full = len(sequence.token_ids) // PAGE_SIZE
+        yield from sequence.page_keys.first(full, sequence.token_ids)[sequence.num_computed // PAGE_SIZE :]
+
+
+def _by_arrival(sequence: Sequence) -> int:
+    return sequence.arrival_number

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from anybit.engine.types import FinishReason, GenerationRequest
+from anybit.engine.types import GenerationRequest
+from anybit.kvcache.prefix import PageKeys
 
 
 @dataclass(slots=True, eq=False)
@@ -10,17 +11,21 @@ class Sequence:
     """Tokens, pages and progress of one request.
 
     `num_computed` tokens have their keys and values in `pages`; the sequence is in prefill until only its newest token
-    is missing there. Times are seconds of one monotonic clock.
+    is missing there. A preempted sequence has no pages and computes all its tokens again. `num_scored` of the prompt's
+    tokens after the first have their log probabilities reported. Times are seconds of one monotonic clock.
     """
 
     request: GenerationRequest
     arrived_at: float
     token_ids: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
+    page_keys: PageKeys | None = None  # None: neither uses nor feeds the prefix cache
+    arrival_number: int = 0
     num_computed: int = 0
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first admission
+    num_scored: int = 0
     scheduled_at: float | None = None
     first_token_at: float | None = None
-    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -41,7 +46,11 @@ class Sequence:
     @property
     def max_tokens_cached(self) -> int:
         """Most tokens the sequence can ever have in the cache: the last sampled token never enters it."""
-        return self.num_prompt_tokens + self.request.sampling.max_tokens - 1
+        return self.num_prompt_tokens + max(self.request.sampling.max_tokens, 1) - 1
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.sampling.num_prompt_logprobs is not None
 
     @property
     def bit_width(self) -> int:

@@ -22,7 +22,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen. All bounds are checked by the server before this value exists."""
 
-    max_tokens: int
+    max_tokens: int  # 0 computes the prompt only
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps every token
@@ -33,24 +33,41 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None  # report each token's log probability and those of this many likeliest tokens
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens after the first
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to complete: `len(prompt_token_ids) >= 1` and prompt + max_tokens fit `max_model_len`."""
+    """One sequence to complete: `len(prompt_token_ids) >= 1` and prompt + max_tokens fit `max_model_len`.
+
+    Only requests with the same `cache_salt` share the KV pages of equal prompts.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     precision: Precision
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log probability (natural) under the model itself: before temperature, penalties and biases."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # the likeliest token ids with theirs, in descending order
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """New tokens of one sequence, in order. The last event of a sequence carries `finish_reason`.
 
-    A stop token that ended the sequence is not among `token_ids`. `queue_seconds` (arrival to first schedule) and
-    `prefill_seconds` (first schedule to first token) come with the first event; both are measured inside the engine.
+    A stop token that ended the sequence is not among `token_ids`. `queue_seconds` (arrival to first schedule),
+    `prefill_seconds` (first schedule to first token) and `num_cached_tokens` (of the prompt, found in the prefix cache)
+    come once, with the first token; the times are measured inside the engine. `logprobs` has an entry per token and
+    `prompt_logprobs` one for each of the prompt's next tokens after the first, where they were asked for.
     """
 
     request_id: str
@@ -59,6 +76,9 @@ class TokenEvent:
     error: str | None = None
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
+    num_cached_tokens: int | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +133,10 @@ class EngineStats:
     kv_pages_used: int = 0
     kv_bytes_total: int = 0
     kv_bytes_used: int = 0
+    kv_bytes_cached: int = 0  # of ended sequences, kept for the next one with the same beginning
+    prefix_queried_tokens: int = 0  # prompt tokens looked up in the prefix cache since start
+    prefix_hit_tokens: int = 0  # those found there
+    preemptions: int = 0  # sequences that lost their pages to older ones and were computed again
     steps: int = 0
     step_tokens: list[int] = field(default_factory=list)  # tokens of each step since the previous snapshot
     weight_bytes_read: dict[int, int] = field(default_factory=dict)  # bit-width -> bytes since start

@@ -53,7 +53,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Token ids and a batch plan in, logits of the wanted rows out."""
+    """Token ids and a batch plan in, hidden states out; logits of the wanted rows from those."""
 
     config: DecoderConfig
     embedding: VocabularyTable
@@ -65,13 +65,16 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
-        """Compute the plan's rows, extend the KV cache by them, return float32 logits [len(plan.logits_rows), vocab]."""
+        """Compute the plan's rows, extend the KV cache by them, return their last hidden states [rows, hidden_size]."""
         hidden = self.embedding.embed(plan.token_ids).mul_(self.config.embedding_scale).to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
-        if plan.logits_rows.numel() == 0:  # no sequence is complete yet: a long prompt's first chunks
-            return torch.empty(0, self.config.vocab_size, device=self.device)
-        logits = self.head.logits(self.norm(hidden[plan.logits_rows])).to(torch.float32)
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [rows, hidden_size] of `forward` to float32 logits [rows, vocab]."""
+        logits = self.head.logits(self.norm(hidden)).to(torch.float32)
         cap = self.config.logits_softcap
         return logits if cap is None else dispatch.softcap(logits, cap)
 

@@ -95,10 +95,10 @@ def evaluate(
 def next_log_probabilities(variant: Variant, sequence: TokenSequence, count: int) -> Tensor:
     """Log probabilities after each of the sequence's next `count` tokens: float32 [count, vocab]."""
     started = time.perf_counter()
-    plan = plan_batch([Chunk(sequence, count)], variant.decoder.device, all_logits=True)
+    plan = plan_batch([Chunk(sequence, count)], variant.decoder.device)
     if variant.pool is None:
         raise ValueError("The sequence was not started with start_sequence.")
-    log_probs = torch.log_softmax(variant.decoder.forward(plan, variant.pool), -1)
+    log_probs = torch.log_softmax(variant.decoder.logits(variant.decoder.forward(plan, variant.pool)), -1)
     sequence.num_computed += count
     if log_probs.is_cuda:
         torch.cuda.synchronize()

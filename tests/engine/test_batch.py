@@ -9,9 +9,10 @@ from anybit.engine.sequence import Sequence
 from tests.fixtures.engine import make_request
 
 
-def sequence_at(name, num_tokens, num_computed=0, bit_width=4, pages=()):
+def sequence_at(name, num_tokens, num_computed=0, bit_width=4, pages=(), **sampling):
     """A sequence whose token at position p is 1000·(its name) + p."""
-    request = make_request(name, [1000 * int(name) + position for position in range(num_tokens)], bit_width=bit_width)
+    token_ids = [1000 * int(name) + position for position in range(num_tokens)]
+    request = make_request(name, token_ids, bit_width=bit_width, **sampling)
     sequence = Sequence(request, arrived_at=0.0)
     sequence.num_computed = num_computed
     sequence.pages = list(pages) or [100 * int(name) + page for page in range(num_tokens // 64 + 1)]
@@ -31,7 +32,7 @@ def test_rows_are_ordered_by_width_and_then_by_arrival():
     assert plan.token_ids.tolist() == [2000, 5000, 4000, 4001, 1000, 1001, 3000, 3001, 3002]
     assert plan.positions.tolist() == [0, 0, 0, 1, 0, 1, 0, 1, 2]
     assert plan.sampled == tuple(chunks[index].sequence for index in (1, 4, 3, 0, 2))
-    assert plan.logits_rows.tolist() == [0, 1, 3, 5, 8]
+    assert plan.sampled_rows.tolist() == [0, 1, 3, 5, 8]
 
 
 def test_one_width_is_one_segment():
@@ -52,18 +53,28 @@ def test_only_chunks_that_reach_the_newest_token_are_sampled():
     plan = plan_batch([Chunk(halfway, 5), Chunk(done, 6)])
     assert not Chunk(halfway, 5).completes
     assert plan.sampled == (done,)
-    assert plan.logits_rows.tolist() == [10]
+    assert plan.sampled_rows.tolist() == [10]
 
 
 def test_a_step_of_unfinished_prompts_samples_nothing():
     plan = plan_batch([Chunk(sequence_at("1", 10), 5)])
     assert plan.sampled == ()
-    assert plan.logits_rows.tolist() == []
+    assert plan.sampled_rows.tolist() == []
 
 
-def test_all_logits_asks_for_every_row():
-    plan = plan_batch([Chunk(sequence_at("1", 10), 5), Chunk(sequence_at("2", 3, bit_width=2), 3)], all_logits=True)
-    assert plan.logits_rows.tolist() == list(range(8))
+def test_scored_rows_are_those_whose_next_prompt_token_is_known_and_not_yet_scored():
+    first, rest = (sequence_at("1", 10, num_prompt_logprobs=0) for _ in range(2))
+    (rows,) = plan_batch([Chunk(sequence_at("2", 3, bit_width=2), 3), Chunk(first, 6)]).scored
+    assert (rows.sequence, rows.row_ids.tolist(), rows.token_ids) == (
+        first,
+        [3, 4, 5, 6, 7, 8],
+        list(range(1001, 1007)),
+    )
+    rest.num_computed = rest.num_scored = 6
+    (rows,) = plan_batch([Chunk(rest, 4)]).scored
+    assert (rows.row_ids.tolist(), rows.token_ids) == ([0, 1, 2], [1007, 1008, 1009])  # nothing follows the last one
+    rest.num_computed, rest.num_scored = 0, 9  # preempted when all was told
+    assert plan_batch([Chunk(rest, 10)]).scored == ()
 
 
 def test_decoding_sequences_of_all_widths_are_attended_together():

@@ -47,11 +47,10 @@ def test_only_the_first_event_tells_the_times():
     [
         (make_request("a", [1] * 500, max_tokens=13), ("500", "13", "512")),
         (make_request("a", [], max_tokens=1), ("0 tokens",)),
-        (make_request("a", [1], max_tokens=0), ("0 more",)),
         (make_request("a", [1], bit_width=3), ("Bit-width 3", "not loaded")),
         (make_request("a", [1] * 500, max_tokens=12), ("8 pages", "the server has 7")),
     ],
-    ids=["context", "empty", "no tokens", "width", "cache"],
+    ids=["context", "empty", "width", "cache"],
 )
 def test_request_that_can_never_run_is_answered_at_once(request_, parts):
     core = fake_core(FakeRunner(), num_pages=7)
@@ -134,13 +133,41 @@ def test_stats_count_sequences_pages_steps_and_bytes():
     core.step()  # one of a, three of b
     stats = core.take_stats(resident_bytes=123)
     assert (stats.running, stats.waiting) == ({2: 1, 8: 1}, {8: 1})
-    assert (stats.kv_pages_total, stats.kv_pages_used) == (8, 4)
-    assert (stats.kv_bytes_total, stats.kv_bytes_used) == (8 * SPEC.page_bytes, 4 * SPEC.page_bytes)
+    assert (stats.kv_pages_total, stats.kv_pages_used) == (8, 2)
+    assert (stats.kv_bytes_total, stats.kv_bytes_used) == (8 * SPEC.page_bytes, 2 * SPEC.page_bytes)
     assert (stats.steps, stats.step_tokens, stats.resident_bytes) == (2, [5, 4], 123)
     # Both steps read both widths; the head was read in both and is charged to the larger.
     assert stats.weight_bytes_read == {2: 2 * BYTES_READ[2], 8: 2 * (BYTES_READ[8] + HEAD_BYTES)}
     assert core.take_stats().step_tokens == []
     assert core.take_stats().steps == 2
+
+
+def test_stats_count_the_prefix_cache_and_preemptions():
+    core = fake_core(FakeRunner(), num_pages=5, max_step_tokens=500)
+    requests = [make_request("a", [7] * 150, max_tokens=1), make_request("b", [7] * 184, max_tokens=40)]
+    requests.append(make_request("c", [8] * 60, max_tokens=50))
+    tokens = run(core, requests[:1]) | run(core, requests[1:])
+    assert tokens == {request.request_id: answer_of(request)[0] for request in requests}
+    stats = core.take_stats()
+    assert (stats.prefix_queried_tokens, stats.prefix_hit_tokens) == (394, 128)
+    assert stats.preemptions == 1
+    assert stats.kv_bytes_cached > 0
+
+
+def test_first_token_tells_how_much_of_the_prompt_was_cached():
+    core = fake_core(FakeRunner(), max_step_tokens=500)
+    run(core, [make_request("a", [7] * 150, max_tokens=1)])
+    core.add(make_request("b", [7] * 150, max_tokens=2))
+    assert [event.num_cached_tokens for event in core.step() + core.step()] == [128, None]
+
+
+def test_zero_tokens_compute_the_prompt_only():
+    core = fake_core(FakeRunner())
+    core.add(make_request("a", [1] * 40, max_tokens=0))
+    assert core.step() == []
+    (event,) = core.step()
+    assert (event.token_ids, event.finish_reason) == ([], FinishReason.LENGTH)
+    assert not core.has_work
 
 
 def test_step_of_an_unfinished_prompt_reads_no_head():

@@ -8,14 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybit.engine.batch import Chunk, plan_batch
 from anybit.engine.errors import UnsupportedModelError
 from anybit.engine.models.config import DecoderConfig, LayerConfig, Rope, RopeScaling
 from anybit.engine.models.registry import parse_config
-from anybit.engine.sequence import Sequence
-from anybit.kvcache.pool import KVPool
-from anybit.kvcache.spec import KVSpec
-from tests.fixtures.engine import cached_logits, make_request
+from tests.fixtures.engine import cached_logits
 from tests.fixtures.sentences import assert_one_sentence
 from tests.fixtures.tiny_llama import dense_decoder, save_llama, tiny_config, tiny_llama
 
@@ -55,16 +51,6 @@ def test_decoder_gives_the_logits_of_transformers_for_a_prompt_and_from_the_cach
     assert expected.abs().max() > 1
     assert (cached_logits(decoder, token_ids.tolist(), 90) - expected).abs().max() < 1e-4
     assert (cached_logits(decoder, token_ids.tolist()[:8], 1) - expected[:8]).abs().max() < 1e-4
-
-
-def test_decoder_computes_only_the_logits_that_are_asked_for(pair):
-    _, decoder = pair
-    sequences = [Sequence(make_request(name, range(5)), arrived_at=0.0) for name in "ab"]
-    pool = KVPool(KVSpec(2, decoder.config.num_kv_heads, decoder.config.head_dim), 2)
-    for page, sequence in enumerate(sequences):
-        sequence.pages = [page]
-    plan = plan_batch([Chunk(sequences[0], 3), Chunk(sequences[1], 5)])
-    assert decoder.forward(plan, pool).shape == (1, 512)
 
 
 def test_shards_and_one_file_hold_the_same_model(tmp_path):

@@ -95,7 +95,6 @@ def is_free(stats):
 async def until_running_alone(engine):
     """Returns the steps taken so far."""
     await until(engine, lambda stats: stats.kv_pages_used)
-    assert engine.stats().kv_pages_used == 8  # 40 + 470 tokens
     assert engine.stats().running == {4: 1}
     return engine.stats().steps
 

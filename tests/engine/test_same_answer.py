@@ -58,7 +58,7 @@ class Model:
     def together(self, requests, **limits) -> Answers:
         """All requests are there from the start."""
         core, recording = self.core(**limits)
-        return Answers(run(core, requests), recording.logits)
+        return Answers(run(core, requests), recording.logits_of)
 
     def alone(self, requests, **limits) -> Answers:
         """Each request in an engine of its own, whole prompt in one step."""
@@ -108,7 +108,7 @@ def finish(core, recording, events) -> Answers:
     while core.has_work:
         events += core.step()
     core.check_integrity()
-    return Answers(tokens_by_request(events), recording.logits)
+    return Answers(tokens_by_request(events), recording.logits_of)
 
 
 def test_requests_are_worth_comparing(alone):
@@ -175,9 +175,28 @@ def test_arrivals_while_others_run_change_no_bit(model, alone, order, count, pau
 def test_pages_used_before_by_others_change_no_bit(model, alone):
     core, recording = model.core(num_pages=3, max_num_seqs=1)
     run(core, [REQUESTS[5], make_request("other", prompt(150, 99), 20, 8)])
-    recording.logits.clear()
+    recording.logits_of.clear()
     again = [REQUESTS[index] for index in (2, 5, 0, 4)]
-    assert_same(Answers(run(core, again), recording.logits), alone)
+    assert_same(Answers(run(core, again), recording.logits_of), alone)
+
+
+def test_prefix_hits_change_no_bit(model, alone):
+    core, recording = model.core()
+    run(core, [replace(request, request_id=f"first {request.request_id}") for request in REQUESTS])
+    assert_same(Answers(run(core, REQUESTS), recording.logits_of), alone, [request.request_id for request in REQUESTS])
+    assert core.take_stats().prefix_hit_tokens > 0
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_preemption_changes_no_bit(model, prefix_cache):
+    requests = [
+        make_request(f"p{index}", prompt(length, index), 70, width, temperature=0.5 * index, seed=index)
+        for index, (length, width) in enumerate(((180, 4), (60, 2), (100, 8), (50, 4)))
+    ]
+    core, recording = model.core(num_pages=6, prefix_cache=prefix_cache)
+    together = Answers(run(core, requests), recording.logits_of)
+    assert core.take_stats().preemptions > 0
+    assert_same(together, model.alone(requests))
 
 
 def test_neighbour_that_leaves_changes_no_bit(model, alone):
@@ -207,7 +226,7 @@ def test_request_that_is_not_finite_leaves_nothing_in_its_pages(model, alone):
     core.add(poisoned_request(100))
     (event,) = core.step()
     assert event.finish_reason is FinishReason.ERROR
-    assert_same(Answers(run(core, [REQUESTS[1], REQUESTS[6]]), recording.logits), alone)
+    assert_same(Answers(run(core, [REQUESTS[1], REQUESTS[6]]), recording.logits_of), alone)
 
 
 def test_request_that_is_not_finite_and_leaves_in_mid_prompt_leaves_nothing_in_its_pages(model, alone):
@@ -215,4 +234,4 @@ def test_request_that_is_not_finite_and_leaves_in_mid_prompt_leaves_nothing_in_i
     core.add(poisoned_request(100, position=20))
     assert core.step() == []
     core.abort("poisoned")
-    assert_same(Answers(run(core, [REQUESTS[1], REQUESTS[6]]), recording.logits), alone)
+    assert_same(Answers(run(core, [REQUESTS[1], REQUESTS[6]]), recording.logits_of), alone)

@@ -1,24 +1,28 @@
 """Which tokens a step computes: decoding first, prompts in order of arrival, never more than the budgets."""
 
+from dataclasses import replace
+
 import pytest
 
 from anybit.engine.errors import CapacityError
-from anybit.engine.scheduler import Scheduler
+from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.sequence import Sequence
-from anybit.kvcache.allocator import PageAllocator
 from anybit.kvcache.check import IntegrityError
 from tests.fixtures.engine import make_request
 from tests.fixtures.fake_runner import SPEC
 from tests.fixtures.sentences import assert_one_sentence
 
 
-def make_scheduler(num_pages=8, max_num_seqs=4, max_step_tokens=32):
-    allocator = PageAllocator(num_pages)
-    return Scheduler(SPEC, allocator, max_num_seqs, max_step_tokens), allocator
+def make_scheduler(num_pages=8, max_num_seqs=4, max_step_tokens=32, checkpoint_hash="model"):
+    scheduler = Scheduler(SPEC, num_pages, SchedulerConfig(max_num_seqs, max_step_tokens, checkpoint_hash))
+    return scheduler, scheduler.allocator
 
 
-def add(scheduler, name, num_tokens, max_tokens=1, bit_width=4):
-    sequence = Sequence(make_request(name, [1] * num_tokens, max_tokens, bit_width), arrived_at=0.0)
+def add(scheduler, name, num_tokens, max_tokens=1, bit_width=4, token=None, salt="", **sampling):
+    """A sequence of one token repeated: by default another one for each name."""
+    token_ids = [ord(name[0]) if token is None else token] * num_tokens
+    request = replace(make_request(name, token_ids, max_tokens, bit_width, **sampling), cache_salt=salt)
+    sequence = Sequence(request, arrived_at=0.0)
     scheduler.add(sequence)
     return sequence
 
@@ -27,12 +31,20 @@ def step(scheduler):
     """One step of a perfect model: every chunk is computed, every finished prompt gets a token."""
     chunks = scheduler.schedule(1.0)
     layout = [(chunk.sequence.request.request_id, chunk.num_tokens) for chunk in chunks]
-    for chunk in chunks:
-        completes = chunk.completes
-        chunk.sequence.num_computed += chunk.num_tokens
-        if completes:
-            chunk.sequence.token_ids.append(1)
+    completed = [chunk.sequence for chunk in chunks if chunk.completes]
+    scheduler.record(chunks)
+    for sequence in completed:
+        sequence.token_ids.append(1)
+    scheduler.check_integrity()
     return layout
+
+
+def finish(scheduler, sequence):
+    """Compute what is left of a prompt and end the sequence."""
+    while sequence.num_generated == 0:
+        step(scheduler)
+    scheduler.remove(sequence)
+    scheduler.check_integrity()
 
 
 def test_long_prompt_is_computed_in_chunks_of_the_budget():
@@ -71,13 +83,15 @@ def test_no_more_than_max_num_seqs_run_and_the_rest_wait_in_order():
     assert sequences["d"].scheduled_at is None
 
 
-def test_admission_takes_all_pages_a_sequence_can_ever_need():
-    scheduler, allocator = make_scheduler(num_pages=5)
-    first = add(scheduler, "a", 60, max_tokens=70)  # 129 tokens in the cache at most
-    add(scheduler, "b", 64, max_tokens=1)  # the sampled token never enters it
+def test_admission_takes_pages_for_the_tokens_there_are_and_one_more_at_every_border():
+    scheduler, allocator = make_scheduler(num_pages=5, max_step_tokens=200)
+    first = add(scheduler, "a", 63, max_tokens=70)
     step(scheduler)
-    assert len(first.pages) == 3
-    assert allocator.num_used == 4
+    assert len(first.pages) == 1
+    step(scheduler)  # computes the 64th token
+    assert len(first.pages) == 1
+    step(scheduler)
+    assert len(first.pages) == allocator.num_used == 2
 
 
 def test_small_request_never_overtakes_a_large_one():
@@ -86,8 +100,147 @@ def test_small_request_never_overtakes_a_large_one():
     add(scheduler, "b", 100, max_tokens=100)
     add(scheduler, "c", 1)
     assert [name for name, _ in step(scheduler)] == ["a"]
+    assert sum(scheduler.running_by_width().values()) == 1
     scheduler.remove(first)
-    assert [name for name, _ in step(scheduler)] == ["b"]
+    assert sorted(name for name, _ in step(scheduler)) == ["b", "c"]
+
+
+def test_admission_leaves_a_page_to_grow_into_for_everyone_who_runs():
+    scheduler, _ = make_scheduler(num_pages=5, max_step_tokens=500)
+    add(scheduler, "a", 60, max_tokens=100)
+    add(scheduler, "b", 60, max_tokens=100)
+    add(scheduler, "c", 60, max_tokens=100)
+    assert [name for name, _ in step(scheduler)] == ["a", "b", "c"]
+    scheduler, _ = make_scheduler(num_pages=4, max_step_tokens=500)
+    for name in "abc":
+        add(scheduler, name, 60, max_tokens=100)
+    assert [name for name, _ in step(scheduler)] == ["a", "b"]
+
+
+def test_the_youngest_is_preempted_when_an_older_one_needs_its_pages():
+    scheduler, allocator = make_scheduler(num_pages=5, max_step_tokens=500, checkpoint_hash=None)
+    old, young = add(scheduler, "a", 184, max_tokens=50), add(scheduler, "b", 60, max_tokens=50)
+    while len(young.pages) < 2:
+        step(scheduler)
+    assert (len(old.pages), allocator.num_available) == (3, 0)
+    while len(old.token_ids) <= 192:
+        step(scheduler)
+    generated = young.num_generated
+    assert step(scheduler) == [("a", 1)]
+    assert (young.pages, young.num_computed, young.num_generated) == ([], 0, generated)
+    assert scheduler.counters.preemptions == 1
+    assert scheduler.sequences() == [old, young]
+    scheduler.remove(old)
+    assert step(scheduler) == [("b", 60 + generated)]  # prompt and answer are computed again
+    assert young.scheduled_at == 1.0
+    assert allocator.num_used == 2
+
+
+def test_a_preempted_sequence_is_before_those_that_came_after_it():
+    scheduler, _ = make_scheduler(num_pages=2, max_num_seqs=2, max_step_tokens=500, checkpoint_hash=None)
+    old = add(scheduler, "a", 62, max_tokens=60)
+    add(scheduler, "b", 10)
+    add(scheduler, "c", 10)
+    while len(old.pages) < 2:
+        step(scheduler)
+    assert [sequence.request.request_id for sequence in scheduler.sequences()] == list("abc")
+    assert sum(scheduler.running_by_width().values()) == 1
+
+
+def test_equal_prompts_share_their_full_pages():
+    scheduler, allocator = make_scheduler(max_step_tokens=500)
+    first = add(scheduler, "a", 150, token=7, max_tokens=50)
+    step(scheduler)
+    second = add(scheduler, "b", 150, token=7, max_tokens=50)
+    assert step(scheduler) == [("a", 1), ("b", 150 - 128)]
+    assert first.pages[:2] == second.pages[:2]
+    assert first.pages[2] != second.pages[2]
+    assert (second.num_cached_tokens, allocator.num_used) == (128, 4)
+    assert (scheduler.counters.prefix_queried_tokens, scheduler.counters.prefix_hit_tokens) == (300, 128)
+
+
+def test_pages_of_an_ended_sequence_serve_the_next_one_until_they_are_needed():
+    scheduler, allocator = make_scheduler(num_pages=4, max_step_tokens=500)
+    finish(scheduler, add(scheduler, "a", 150, token=7))
+    assert (allocator.num_used, allocator.num_cached) == (0, 2)
+    add(scheduler, "b", 150, token=7)
+    assert step(scheduler) == [("b", 22)]
+    scheduler.remove(scheduler.find("b"))
+    finish(scheduler, add(scheduler, "c", 200))  # takes all four
+    add(scheduler, "d", 150, token=7)
+    assert step(scheduler) == [("d", 150)]
+
+
+def test_the_newest_token_always_runs_through_the_model():
+    scheduler, _ = make_scheduler(max_step_tokens=500)
+    finish(scheduler, add(scheduler, "a", 128, token=7))
+    again = add(scheduler, "b", 128, token=7)
+    assert step(scheduler) == [("b", 64)]
+    assert again.num_cached_tokens == 64
+
+
+@pytest.mark.parametrize("other", [{"bit_width": 8}, {"salt": "mine"}, {"token": 8}], ids=["width", "salt", "tokens"])
+def test_pages_are_not_shared_between_widths_salts_or_texts(other):
+    scheduler, _ = make_scheduler(num_pages=16, max_step_tokens=500)
+    finish(scheduler, add(scheduler, "a", 150, **{"token": 7, "bit_width": 2}))
+    add(scheduler, "b", 150, **{"token": 7, "bit_width": 2, **other})
+    assert step(scheduler) == [("b", 150)]
+
+
+def test_a_prompt_that_is_scored_is_computed_whole_but_feeds_the_cache():
+    scheduler, _ = make_scheduler(max_step_tokens=500)
+    finish(scheduler, add(scheduler, "a", 150, token=7, num_prompt_logprobs=0))
+    finish(scheduler, add(scheduler, "b", 150, token=7, num_prompt_logprobs=0))
+    assert scheduler.counters.prefix_hit_tokens == 0
+    add(scheduler, "c", 150, token=7)
+    assert step(scheduler) == [("c", 22)]
+
+
+def test_one_computes_a_prompt_while_its_copies_wait_and_others_pass():
+    scheduler, allocator = make_scheduler(num_pages=12, max_num_seqs=8, max_step_tokens=100)
+    for name in ("a0", "a1", "a2", "b"):
+        add(scheduler, name, 150, token=ord(name[0]), max_tokens=40)
+    assert step(scheduler) == [("a0", 100)]  # a whole page is done, the next is on its way
+    assert step(scheduler) == [("a0", 50), ("b", 50)]
+    assert step(scheduler) == [("a0", 1), ("a1", 22), ("a2", 22), ("b", 55)]
+    assert allocator.num_used == 3 + 1 + 1 + 3
+    assert [sequence.request.request_id for sequence in scheduler.sequences()] == ["a0", "a1", "a2", "b"]
+
+
+def test_copies_do_not_wait_for_one_that_is_gone():
+    scheduler, _ = make_scheduler(num_pages=12, max_step_tokens=50)
+    first = add(scheduler, "a", 150, token=7)
+    add(scheduler, "b", 150, token=7)
+    assert step(scheduler) == [("a", 50)]
+    scheduler.remove(first)
+    assert step(scheduler) == [("b", 50)]
+
+
+def test_pages_of_a_failed_sequence_are_not_found_again():
+    scheduler, allocator = make_scheduler(max_step_tokens=500)
+    failed = add(scheduler, "a", 150, token=7)
+    step(scheduler)
+    scheduler.remove(failed, keep_pages=False)
+    scheduler.check_integrity()
+    assert (allocator.num_used, allocator.num_cached) == (0, 0)
+    add(scheduler, "b", 150, token=7)
+    assert step(scheduler) == [("b", 150)]
+
+
+def test_answers_are_cached_too():
+    scheduler, _ = make_scheduler(max_step_tokens=500)
+    chat = add(scheduler, "a", 60, max_tokens=100, token=1)  # the perfect model answers 1 as well
+    while chat.num_generated < 80:
+        step(scheduler)
+    scheduler.remove(chat)
+    add(scheduler, "b", 150, token=1)
+    assert step(scheduler) == [("b", 22)]
+
+
+def test_without_a_prefix_cache_nothing_is_kept():
+    scheduler, allocator = make_scheduler(max_step_tokens=500, checkpoint_hash=None)
+    finish(scheduler, add(scheduler, "a", 150, token=7))
+    assert (allocator.num_used, allocator.num_cached) == (0, 0)
 
 
 def test_request_that_could_not_run_alone_is_refused():
