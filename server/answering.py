@@ -18,9 +18,18 @@ from anybit.server.precision_request import BIT_WIDTH_HEADER, KV_FORMAT_HEADER, 
 from anybit.server.protocol.common import GenerationFields
 from anybit.server.service import LoadedModel, service_of
 from anybit.server.streaming import AnswerHead, AnswerShape, GenerationResponse, StreamSettings
+from anybit.server.token_text import TokenTexts
 from anybit.server.version import system_fingerprint
 
 Body = TypeVar("Body", bound=GenerationFields)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the engine sees it, and the text that an answer puts before its own."""
+
+    token_ids: list[int]
+    echo: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +37,8 @@ class Endpoint(Generic[Body]):
     """What tells one generating endpoint from another."""
 
     body: type[Body]
-    encode: Callable[[Body, LoadedModel], Awaitable[list[list[int]]]]  # the prompts as token ids
-    shape: Callable[[], AnswerShape]
+    encode: Callable[[Body, LoadedModel], Awaitable[list[EncodedPrompt]]]
+    shape: Callable[[TokenTexts], AnswerShape]
     id_prefix: str
     default_max_tokens: int | None  # None: all that fits into the context
     prompt_field: str
@@ -53,7 +62,7 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
             planner = SequencePlanner(
                 model.info, model.tokenizer.eos_token_ids, endpoint.default_max_tokens, endpoint.prompt_field
             )
-            sequences = planner.plan(body, prompts, choice.precision, unique_id)
+            sequences = planner.plan(body, [prompt.token_ids for prompt in prompts], choice.precision, unique_id)
             ticket.add_tokens([len(sequence.prompt_token_ids) for sequence in sequences])
         except BaseException:
             ticket.release()
@@ -71,6 +80,7 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
         requests=sequences,
         stop=body.stop,
         num_choices=body.num_choices,
+        echoes=[prompt.echo for prompt in prompts],
         metrics=service.metrics.width(choice.precision.label),
         ticket=ticket,
     )
@@ -81,9 +91,8 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
         system_fingerprint=system_fingerprint(choice.precision),
         bit_width=choice.precision.bit_width,
     )
-    return GenerationResponse(
-        generation, head, endpoint.shape(), _stream_settings(body), service.metrics.count_rejection
-    )
+    shape = endpoint.shape(model.tokenizer.texts)
+    return GenerationResponse(generation, head, shape, _stream_settings(body), service.metrics.count_rejection)
 
 
 def _stream_settings(body: GenerationFields) -> StreamSettings | None:

@@ -9,11 +9,12 @@ from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from anybit.server.errors import InvalidRequestError, shorten
-from anybit.server.protocol.common import GenerationFields
+from anybit.server.protocol.common import RequestModel
 from anybit.server.protocol.unsupported import drop_neutral
 
-Body = TypeVar("Body", bound=GenerationFields)
+Body = TypeVar("Body", bound=RequestModel)
 
+_UNION_MEMBER = re.compile(r"int|constrained-(str|int)|literal\[.*\]")
 _JSON_TYPE = re.compile(r"application/json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
 
 
@@ -73,5 +74,5 @@ def _param(detail: ErrorDetails) -> str | None:
         return str(stated)
     field, *path = detail["loc"] or ("",)
     # Members of a union add their type's name to the location, which is no field that a client sent.
-    names = [str(part) for part in path if part not in ("int", "constrained-str")]
+    names = [str(part) for part in path if not _UNION_MEMBER.fullmatch(str(part))]
     return shorten(".".join([str(field), *names])) or None

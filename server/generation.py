@@ -5,14 +5,15 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anybit.engine.client import EngineClient
 from anybit.engine.errors import AnyBitError, EngineLostError
-from anybit.engine.types import FinishReason, GenerationRequest, TokenEvent
+from anybit.engine.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from anybit.server.admission import Ticket
 from anybit.server.detokenizer import Detokenizer
 from anybit.server.errors import Rejection, ServerFaultError, UnavailableError
+from anybit.server.logprobs import ReportedToken, report_tokens
 from anybit.server.metrics import Outcome, WidthMetrics
 from anybit.server.tokenizer import PromptTokenizer
 
@@ -27,6 +28,7 @@ class Piece:
     text: str
     num_tokens: int  # tokens of this choice so far
     finish_reason: str | None  # "stop" or "length" with the last piece of a choice
+    tokens: list[ReportedToken] = field(default_factory=list)  # with log probabilities, if they were asked for
 
 
 @dataclass(slots=True)
@@ -35,6 +37,11 @@ class _Sequence:
 
     request: GenerationRequest
     detokenizer: Detokenizer
+    echo: str  # text before the answer, until it has been sent
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    reported_prompt: bool = False
+    num_characters: int = 0  # of the text behind the reported tokens
+    num_cached_tokens: int = 0
     outcome: Outcome | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -52,6 +59,7 @@ class Generation:
     requests: list[GenerationRequest]
     stop: tuple[str, ...]
     num_choices: int  # per prompt
+    echoes: list[str]  # per prompt, text that stands before its answers
     metrics: WidthMetrics
     ticket: Ticket
     _sequences: list[_Sequence] = field(init=False)
@@ -59,8 +67,12 @@ class Generation:
 
     def __post_init__(self) -> None:
         self._sequences = [
-            _Sequence(request, Detokenizer(self.tokenizer.decoder(request.prompt_token_ids), self.stop))
-            for request in self.requests
+            _Sequence(
+                request,
+                Detokenizer(self.tokenizer.decoder(request.prompt_token_ids), self.stop),
+                self.echoes[index // self.num_choices],
+            )
+            for index, request in enumerate(self.requests)
         ]
 
     @property
@@ -69,11 +81,16 @@ class Generation:
         return sum(len(request.prompt_token_ids) for request in self.requests[:: self.num_choices])
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Those of the prompts' tokens that were cached when their first choice began."""
+        return sum(sequence.num_cached_tokens for sequence in self._sequences[:: self.num_choices])
+
+    @property
     def num_generated_tokens(self) -> int:
         return sum(sequence.detokenizer.num_tokens for sequence in self._sequences)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yield one piece per engine event until every choice is finished.
+        """Yield one piece per engine event that brought something to show, until every choice is finished.
 
         Raises AnyBitError and APIError when the engine fails. Closing the generator early aborts what is left.
         """
@@ -86,6 +103,8 @@ class Generation:
                 if sequence.outcome is not None:
                     continue  # sent before the engine learned of the stop string
                 piece = self._take(choice, event)
+                if piece is None:
+                    continue
                 if piece.finish_reason is not None:
                     num_open -= 1
                     if event.finish_reason is None:
@@ -116,19 +135,51 @@ class Generation:
             now - self.arrival,
         )
 
-    def _take(self, choice: int, event: TokenEvent) -> Piece:
+    def _take(self, choice: int, event: TokenEvent) -> Piece | None:
         sequence = self._sequences[choice]
         detokenizer = sequence.detokenizer
         self._check_end(event)
+        sequence.prompt_logprobs += event.prompt_logprobs
         num_tokens_before = detokenizer.num_tokens
         text = detokenizer.push(event.token_ids)
-        self._record(choice, event, detokenizer.num_tokens - num_tokens_before)
+        num_tokens = detokenizer.num_tokens - num_tokens_before
+        self._record(choice, event, num_tokens)
+        if not event.token_ids and event.finish_reason is None:
+            return None  # a part of a long prompt was scored
+        tokens = self._report(sequence, event.token_ids[:num_tokens], event.logprobs[:num_tokens])
         finish_reason = None
         if event.finish_reason is not None or detokenizer.stopped:
             text += detokenizer.finish()
             finish_reason = FinishReason.STOP if detokenizer.stopped else event.finish_reason
             sequence.outcome = Outcome.LENGTH if finish_reason is FinishReason.LENGTH else Outcome.STOP
-        return Piece(choice, text, detokenizer.num_tokens, finish_reason)
+        echo, sequence.echo = sequence.echo, ""
+        return Piece(choice, echo + text, detokenizer.num_tokens, finish_reason, tokens)
+
+    def _report(self, sequence: _Sequence, token_ids: list[int], logprobs: list[TokenLogprob]) -> list[ReportedToken]:
+        """The tokens that the next piece tells the log probabilities of, an echoed prompt's before the first."""
+        sampling, texts = sequence.request.sampling, self.tokenizer.texts
+        if sampling.num_logprobs is None:
+            return []
+        tokens: list[ReportedToken] = []
+        if sampling.num_prompt_logprobs is not None and not sequence.reported_prompt:
+            sequence.reported_prompt = True
+            prompt = sequence.request.prompt_token_ids
+            # A BOS that only the tokens have lies before the text; so does what a tokenizer puts before a first word.
+            length = sum(map(texts.num_characters, prompt))
+            tokens = [
+                replace(token, text_offset=max(0, token.text_offset))
+                for token in report_tokens(
+                    prompt, sequence.prompt_logprobs, len(sequence.echo) - length, texts, frozenset()
+                )
+            ]
+            sequence.prompt_logprobs = []
+            sequence.num_characters = len(sequence.echo)
+        hidden = self.tokenizer.special_token_ids
+        tokens += report_tokens(token_ids, logprobs, sequence.num_characters, texts, hidden)
+        sequence.num_characters += sum(
+            texts.num_characters(token_id) for token_id in token_ids if token_id not in hidden
+        )
+        return tokens
 
     def _check_end(self, event: TokenEvent) -> None:
         if event.finish_reason is FinishReason.ERROR:
@@ -143,6 +194,7 @@ class Generation:
         sequence = self._sequences[choice]
         self.ticket.started(choice)
         self.metrics.record_scheduled(event.queue_seconds, event.prefill_seconds)
+        sequence.num_cached_tokens += event.num_cached_tokens or 0
         if num_tokens == 0:
             return
         now = time.monotonic()

@@ -239,22 +239,38 @@ class EngineCollector:
         for width in model.bit_widths:
             bytes_read.add_metric((self._model_name, str(width)), stats.weight_bytes_read.get(width, 0))
         yield bytes_read
+        yield self._per_model_counter(
+            "prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache.", stats.prefix_queried_tokens
+        )
+        yield self._per_model_counter(
+            "prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens
+        )
+        yield self._per_model_counter(
+            "preemptions", "Sequences that lost their KV pages to older ones and were computed again.",
+            stats.preemptions,
+        )  # fmt: skip
         used, total = stats.kv_pages_used, stats.kv_pages_total
         yield _gauge(
             "kv_cache_usage_ratio", "Share of the KV cache's pages in use.", ("model", "kv_format"),
             [((self._model_name, model.kv_format), used / total if total else 0.0)],
         )  # fmt: skip
-        free_bytes = max(0, stats.kv_bytes_total - stats.kv_bytes_used)
+        free_bytes = max(0, stats.kv_bytes_total - stats.kv_bytes_used - stats.kv_bytes_cached)
         yield _gauge(
             "kv_cache_bytes", "KV cache bytes by state.", ("model", "kv_format", "state"),
             [
                 ((self._model_name, model.kv_format, "used"), stats.kv_bytes_used),
+                ((self._model_name, model.kv_format, "cached"), stats.kv_bytes_cached),
                 ((self._model_name, model.kv_format, "free"), free_bytes),
             ],
         )  # fmt: skip
 
     def _per_model(self, name: str, text: str, value: float) -> Metric:
         return _gauge(name, text, ("model",), [((self._model_name,), value)])
+
+    def _per_model_counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"anybit_{name}", text, labels=("model",))
+        family.add_metric((self._model_name,), value)
+        return family
 
 
 class _PlainRegistry(CollectorRegistry):

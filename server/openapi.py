@@ -9,9 +9,10 @@ from pydantic.json_schema import models_json_schema
 from anybit.server.protocol.chat import ChatRequest
 from anybit.server.protocol.common import ErrorResponse
 from anybit.server.protocol.completions import CompletionRequest
+from anybit.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 _REFERENCE = "#/components/schemas/{model}"
-_BODY_MODELS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest)
+_BODY_MODELS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 
 _ERROR_TEXTS = {
     400: "The request is wrong; the message says what to change.",
@@ -55,14 +56,22 @@ def generation_route(body: type[BaseModel], answer: type[BaseModel]) -> dict[str
             200: {"model": answer, "description": "The answer, or its stream when stream=true.", "content": content},
             **error_responses(400, 401, 404, 413, 429, 500, 503),
         },
-        "openapi_extra": {
-            "parameters": _GENERATION_HEADERS,
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model=body.__name__)}}},
-            },
-        },
+        "openapi_extra": {"parameters": _GENERATION_HEADERS, "requestBody": _request_body(body)},
     }
+
+
+def body_route(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+    """Keyword arguments of a route that reads its body by itself and answers in one piece."""
+    return {
+        "response_model": answer,
+        "responses": error_responses(400, 401, 404, 413, 500, 503),
+        "openapi_extra": {"requestBody": _request_body(body)},
+    }
+
+
+def _request_body(body: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": _REFERENCE.format(model=body.__name__)}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
 class DescribedApp(FastAPI):

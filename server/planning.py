@@ -49,8 +49,11 @@ class SequencePlanner:
                     logit_bias=body.logit_bias,
                     seed=_seed(body.seed, choice),
                     stop_token_ids=stop_token_ids,
+                    num_logprobs=body.num_logprobs,
+                    num_prompt_logprobs=body.num_prompt_logprobs,
                 )
-                sequences.append(GenerationRequest(f"{id_prefix}-{len(sequences)}", prompt, sampling, precision))
+                request_id = f"{id_prefix}-{len(sequences)}"
+                sequences.append(GenerationRequest(request_id, prompt, sampling, precision, body.cache_salt or ""))
         return sequences
 
     def _token_limit(self, asked: int | None, prompt: list[int]) -> int:
@@ -61,7 +64,7 @@ class SequencePlanner:
             message = f"The prompt holds token id {max(prompt)}, but the model knows ids below {model.vocab_size}."
             raise InvalidRequestError(message, param=param)
         room = model.max_model_len - len(prompt)
-        if room < 1:
+        if room < (1 if asked is None else min(asked, 1)):
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens, but the context holds {model.max_model_len} "
                 "and at least one must stay free; shorten the prompt.",

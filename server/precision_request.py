@@ -53,6 +53,13 @@ def choose_model(body: GenerationFields, headers: Headers, model_name: str, mode
     return ModelChoice(body.model or model_name, Precision(width), _choose_kv_format(body, headers, model))
 
 
+def check_model_name(requested: str | None, model_name: str, model: ModelInfo) -> None:
+    """Raise ModelNotFoundError or InvalidRequestError unless this is a name under which the model answers."""
+    alias_width = _alias_width(requested, model_name)
+    if alias_width is not None:
+        _parse_width(alias_width, "the model name", model)
+
+
 def _alias_width(requested: str | None, model_name: str) -> str | None:
     if requested is None or requested == model_name:
         return None

@@ -19,7 +19,9 @@ from starlette.types import Receive, Scope, Send
 from anybit.engine.errors import AnyBitError
 from anybit.server.errors import APIError, Rejection, RequestTimeoutError, to_api_error, unexpected_error
 from anybit.server.generation import Generation, Piece
+from anybit.server.logprobs import ReportedToken, chat_logprobs, completion_logprobs
 from anybit.server.metrics import Outcome
+from anybit.server.token_text import TokenTexts
 
 logger = logging.getLogger("anybit.server")
 
@@ -52,8 +54,11 @@ class AnswerShape(ABC):
     body_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
+    def __init__(self, texts: TokenTexts) -> None:
+        self.texts = texts
+
     @abstractmethod
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, finish_reason: str, tokens: list[ReportedToken]) -> dict[str, Any]:
         """A finished choice in a whole answer."""
 
     @abstractmethod
@@ -65,30 +70,36 @@ class CompletionShape(AnswerShape):
     body_object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, index: int, text: str, finish_reason: str | None, tokens: list[ReportedToken]) -> dict[str, Any]:
+        logprobs = completion_logprobs(tokens, self.texts) if tokens else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def chunk_choice(self, piece: Piece) -> dict[str, Any]:
-        return {"index": piece.choice, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+        return self.choice(piece.choice, piece.text, piece.finish_reason, piece.tokens)
 
 
 class ChatShape(AnswerShape):
     body_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self) -> None:
+    def __init__(self, texts: TokenTexts) -> None:
+        super().__init__(texts)
         self._begun: set[int] = set()
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, finish_reason: str, tokens: list[ReportedToken]) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish_reason}
 
     def chunk_choice(self, piece: Piece) -> dict[str, Any]:
         delta = {"content": piece.text}
         if piece.choice not in self._begun:
             self._begun.add(piece.choice)
             delta = {"role": "assistant", "content": piece.text}
-        return {"index": piece.choice, "delta": delta, "logprobs": None, "finish_reason": piece.finish_reason}
+        logprobs = self._logprobs(piece.tokens)
+        return {"index": piece.choice, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    def _logprobs(self, tokens: list[ReportedToken]) -> dict[str, Any] | None:
+        return chat_logprobs(tokens, self.texts) if tokens else None
 
 
 class GenerationResponse(Response):
@@ -151,14 +162,17 @@ class GenerationResponse(Response):
 
     async def _send_whole(self, send: Send) -> None:
         texts: list[list[str]] = [[] for _ in self._generation.requests]
+        tokens: list[list[ReportedToken]] = [[] for _ in texts]
         finish_reasons = [""] * len(texts)
         async with contextlib.aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.choice].append(piece.text)
+                tokens[piece.choice] += piece.tokens
                 if piece.finish_reason is not None:
                     finish_reasons[piece.choice] = piece.finish_reason
         choices = [
-            self._shape.choice(index, "".join(parts), finish_reasons[index]) for index, parts in enumerate(texts)
+            self._shape.choice(index, "".join(parts), finish_reasons[index], tokens[index])
+            for index, parts in enumerate(texts)
         ]
         body = self._fields(self._shape.body_object, choices)
         body["usage"] = self._usage(self._generation.num_generated_tokens)
@@ -202,12 +216,13 @@ class GenerationResponse(Response):
             "choices": choices,
         }
 
-    def _usage(self, num_generated_tokens: int) -> dict[str, int]:
+    def _usage(self, num_generated_tokens: int) -> dict[str, Any]:
         num_prompt_tokens = self._generation.num_prompt_tokens
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_generated_tokens,
             "total_tokens": num_prompt_tokens + num_generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._generation.num_cached_tokens},
             "bit_width": self._head.bit_width,
         }
 

@@ -10,9 +10,11 @@ from tokenizers import Tokenizer
 from anybit.engine.errors import CheckpointError
 from anybit.server.detokenizer import IncrementalDecoder
 from anybit.server.errors import ContextLengthError
+from anybit.server.token_text import TokenTexts
 
-# Shorter texts are encoded faster than a thread is reached.
+# Shorter texts are encoded and decoded faster than a thread is reached.
 _INLINE_CHARACTERS = 2048
+_INLINE_TOKENS = 1024
 
 
 class PromptTokenizer:
@@ -25,6 +27,7 @@ class PromptTokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
+        self.texts = TokenTexts(tokenizer)
         self._longest_token = _longest_token(tokenizer)
 
     def decoder(self, prompt_token_ids: list[int]) -> IncrementalDecoder:
@@ -49,6 +52,16 @@ class PromptTokenizer:
                     param=param,
                 )
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """The text of these tokens, special ones written out; ids that stand for nothing are left out."""
+        if len(token_ids) <= _INLINE_TOKENS:
+            return self._decode(token_ids)
+        return await asyncio.to_thread(self._decode, token_ids)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        return text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The batch form is the one that lets go of the interpreter lock while it works.

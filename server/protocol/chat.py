@@ -1,11 +1,11 @@
 """Request and response of /v1/chat/completions."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
 from anybit.server.errors import shorten
-from anybit.server.protocol.common import FinishReasonName, GenerationFields, RequestModel, Usage
+from anybit.server.protocol.common import MAX_LOGPROBS, FinishReasonName, GenerationFields, RequestModel, Usage
 from anybit.server.protocol.text import check_text, wrong
 from anybit.server.protocol.unsupported import CHAT_FIELDS, MESSAGE_FIELDS, drop_neutral
 
@@ -81,6 +81,20 @@ class ChatRequest(GenerationFields):
     unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]] = CHAT_FIELDS
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    logprobs: bool | None = Field(default=None, description="Report each token's log probability.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        default=None, description="And those of so many likeliest tokens; needs logprobs=true."
+    )
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("top_logprobs has a meaning only together with logprobs=true.", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class AnswerMessage(BaseModel):
@@ -88,10 +102,25 @@ class AnswerMessage(BaseModel):
     content: str
 
 
+class ChatTopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName
 
 

@@ -9,6 +9,7 @@ from anybit.server.protocol.text import LOGIT_BIAS_SCHEMA, STOP_SCHEMA, parse_lo
 MAX_CHOICES = 16
 MAX_FAN_OUT = 64  # sequences of one request: prompts times n
 MAX_TOKENS_BOUND = 16_777_216
+MAX_LOGPROBS = 20
 
 FinishReasonName: TypeAlias = Literal["stop", "length"]
 
@@ -17,6 +18,7 @@ class RequestModel(BaseModel):
     """A request body: unknown fields are refused and no value is converted into another type."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
 class StreamOptions(RequestModel):
@@ -26,8 +28,6 @@ class StreamOptions(RequestModel):
 
 class GenerationFields(RequestModel):
     """The fields of every generating request. Null means "not given"."""
-
-    unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: Annotated[str, Field(max_length=512)] | None = Field(
         default=None, description="The served model, or an alias such as `name@4bit`; the served model when not given."
@@ -64,6 +64,10 @@ class GenerationFields(RequestModel):
     kv_format: Annotated[str, Field(max_length=64)] | None = Field(
         default=None, description="Format of the KV cache; the same as the header X-KV-Format."
     )
+    cache_salt: Annotated[str, Field(max_length=256)] | None = Field(
+        default=None,
+        description="Only requests with the same salt share cached prompts; keep it secret to share with none.",
+    )
     user: Annotated[str, Field(max_length=4096)] | None = Field(default=None, description="Accepted and not used.")
     safety_identifier: Annotated[str, Field(max_length=4096)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=4096)] | None = None
@@ -89,13 +93,28 @@ class GenerationFields(RequestModel):
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens or self.max_completion_tokens
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report beside each token; None: no log probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return None
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Prompt tokens whose keys and values were cached already.")
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     bit_width: int = Field(description="Bits of each weight that this answer read.")
 
 

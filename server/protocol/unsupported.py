@@ -9,7 +9,6 @@ from anybit.server.errors import InvalidRequestError, shorten
 
 # Field -> the values that ask for nothing; null always does.
 _COMMON: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
     "length_penalty": (1, 1.0),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
@@ -25,7 +24,6 @@ _COMMON: dict[str, tuple[Any, ...]] = {
 
 COMPLETION_FIELDS: dict[str, tuple[Any, ...]] = {
     **_COMMON,
-    "echo": (False,),
     "suffix": ("",),
     "prompt_logprobs": (),
     "add_special_tokens": (True,),
@@ -33,7 +31,6 @@ COMPLETION_FIELDS: dict[str, tuple[Any, ...]] = {
 
 CHAT_FIELDS: dict[str, tuple[Any, ...]] = {
     **_COMMON,
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),

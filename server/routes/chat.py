@@ -4,9 +4,9 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from anybit.server.answering import Endpoint, answer
+from anybit.server.answering import EncodedPrompt, Endpoint, answer
 from anybit.server.openapi import generation_route
-from anybit.server.protocol.chat import ChatRequest, ChatResponse
+from anybit.server.protocol.chat import ChatMessage, ChatRequest, ChatResponse
 from anybit.server.service import LoadedModel
 from anybit.server.streaming import ChatShape
 
@@ -16,18 +16,21 @@ router = APIRouter()
 _INLINE_CHARACTERS = 8192
 
 
-async def encode_messages(body: ChatRequest, model: LoadedModel) -> list[list[int]]:
+async def render(messages: list[ChatMessage], model: LoadedModel) -> str:
+    """The conversation as the model reads it, up to where its answer begins."""
+    forms = [message.template_form for message in messages]
+    if sum(len(form["content"]) for form in forms) <= _INLINE_CHARACTERS:
+        return model.chat_template.render(forms)
+    return await asyncio.to_thread(model.chat_template.render, forms)
+
+
+async def encode_messages(body: ChatRequest, model: LoadedModel) -> list[EncodedPrompt]:
     """Token ids of the rendered conversation; the template itself writes the special tokens."""
-    messages = [message.template_form for message in body.messages]
-    if sum(len(message["content"]) for message in messages) <= _INLINE_CHARACTERS:
-        text = model.chat_template.render(messages)
-    else:
-        text = await asyncio.to_thread(model.chat_template.render, messages)
-    return [
-        await model.tokenizer.encode(
-            text, add_special_tokens=False, max_tokens=model.info.max_model_len, param="messages"
-        )
-    ]
+    text = await render(body.messages, model)
+    token_ids = await model.tokenizer.encode(
+        text, add_special_tokens=False, max_tokens=model.info.max_model_len, param="messages"
+    )
+    return [EncodedPrompt(token_ids)]
 
 
 _ENDPOINT = Endpoint(

@@ -14,6 +14,7 @@ from anybit.engine.types import (
     GenerationRequest,
     ModelInfo,
     TokenEvent,
+    TokenLogprob,
     WidthInfo,
 )
 
@@ -54,6 +55,12 @@ def model_info(vocab_size: int = 512, max_model_len: int = 256, eos_token_ids: t
     )
 
 
+def fake_logprob(token_id: int, num_top: int) -> TokenLogprob:
+    """The token itself is the second likeliest."""
+    top = [(4, -0.5), (token_id, -1.0 - token_id), *((5 + rank, -600.0 - rank) for rank in range(20))]
+    return TokenLogprob(token_id, -1.0 - token_id, top[:num_top])
+
+
 @dataclass
 class FakeEngine:
     """An EngineClient whose behaviour a test sets by its fields, also while requests run."""
@@ -63,6 +70,7 @@ class FakeEngine:
     loading: bool = False
     load_error: AnyBitError | None = None
     token_seconds: float = 0.0
+    num_cached_tokens: int = 0
     tokens_per_event: int = 1
     fail_after: int | None = None  # the row fails after so many tokens
     lost_after: int | None = None  # the engine is lost after so many tokens
@@ -116,6 +124,10 @@ class FakeEngine:
     async def _events(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         ids, reason = self.tokens(request)
         request_id = request.request_id
+        if request.sampling.num_prompt_logprobs is not None:
+            scores = [fake_logprob(token, request.sampling.num_prompt_logprobs) for token in request.prompt_token_ids]
+            for start in range(1, len(scores), 5):
+                yield TokenEvent(request_id, [], prompt_logprobs=scores[start : start + 5])
         position = 0
         while True:
             # Always one turn of the loop, as with a real engine.
@@ -145,6 +157,12 @@ class FakeEngine:
                 reason if done else None,
                 queue_seconds=0.25 if first else None,
                 prefill_seconds=0.5 if first else None,
+                num_cached_tokens=self.num_cached_tokens if first else None,
+                logprobs=[
+                    fake_logprob(token, request.sampling.num_logprobs)
+                    for token in batch
+                    if request.sampling.num_logprobs is not None
+                ],
             )
             if done:
                 return

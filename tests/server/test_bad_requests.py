@@ -44,7 +44,8 @@ def post(server, body: bytes, headers=JSON):
         ({"top_p": 1.01}, "top_p", "less than or equal to 1"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"top_k": 10**12}, "top_k", "less than or equal to"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
         ({"max_tokens": 10**18}, "max_tokens", "less than or equal to"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "two names of one limit"),
         ({"seed": 2**63}, "seed", "less than or equal to"),
@@ -74,8 +75,12 @@ def post(server, body: bytes, headers=JSON):
         ({"prompt": [2**31]}, "prompt", "between 0 and"),
         ({"prompt": [512]}, "prompt", "token id 512, but the model knows ids below 512"),
         ({"prompt": "\ud83d"}, "prompt", "half of a surrogate pair"),
-        ({"echo": True}, "echo", "'echo' is not supported"),
-        ({"logprobs": 0}, "logprobs", "'logprobs' is not supported"),
+        ({"echo": 1}, "echo", "valid boolean"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": -1}, "logprobs", "greater than or equal to 0"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"max_tokens": 0}, "max_tokens", "only together with echo=true"),
+        ({"cache_salt": "x" * 257}, "cache_salt", "at most 256"),
         ({"suffix": "x"}, "suffix", "'suffix' is not supported"),
         ({"logit_bias": []}, "logit_bias", "must be an object"),
         ({"logit_bias": {"one": 5}}, "logit_bias", "must be token ids"),
@@ -184,7 +189,7 @@ def test_odd_but_valid_text_is_served(server):
         assert server.complete(prompt=prompt).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/completions/", "//v1/completions", "/docs", "/tokenize"])
+@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/completions/", "//v1/completions", "/docs", "/v1/tokenize"])
 def test_unknown_route_is_404_in_the_same_shape(server, path):
     assert_error(server.http.get(path), 404, "There is no route")
 

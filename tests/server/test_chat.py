@@ -148,8 +148,6 @@ def test_wrong_messages_are_refused_in_one_sentence(server, messages, sentence):
         {"functions": [{}]},
         {"function_call": "auto"},
         {"response_format": {"type": "json_object"}},
-        {"logprobs": True},
-        {"top_logprobs": 3},
         {"modalities": ["audio"]},
         {"audio": {"voice": "x"}},
         {"prediction": {"type": "content"}},

@@ -8,6 +8,8 @@ import pytest
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import wait_until
 
+DETAILS = {"prompt_tokens_details": {"cached_tokens": 0}, "bit_width": 4}
+
 
 def text_of(stream) -> str:
     return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
@@ -28,7 +30,7 @@ def test_answer_has_the_documented_shape(server):
     assert answer["system_fingerprint"].endswith("-w4")
     assert set(answer["choices"][0]) == {"index", "text", "logprobs", "finish_reason"}
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7, "bit_width": 4}
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7, **DETAILS}
 
 
 def test_default_limit_is_16_tokens(server):
@@ -62,7 +64,7 @@ def test_stream_usage_comes_once_without_choices(server):
     *chunks, last = [json.loads(event) for event in events(response)[:-1]]
     assert [chunk["usage"] for chunk in chunks] == [None] * 3
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, "bit_width": 4}
+    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, **DETAILS}
 
 
 def test_stream_without_usage_has_no_usage_field(server):

@@ -35,6 +35,9 @@ OTHERS = {
     "anybit_engine_resident_bytes": "gauge",
     "anybit_kernel_fallbacks": "counter",
     "anybit_rejections": "counter",
+    "anybit_prefix_cache_queried_tokens": "counter",
+    "anybit_prefix_cache_hit_tokens": "counter",
+    "anybit_preemptions": "counter",
     "anybit_step_tokens": "histogram",
 }
 

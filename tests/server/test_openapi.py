@@ -37,7 +37,7 @@ def test_every_reference_leads_somewhere(description):
 def test_every_route_is_described(description):
     assert set(description["paths"]) == {
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model_id}", "/health", "/ready",
-        "/version", "/metrics", "/",
+        "/version", "/metrics", "/", "/tokenize", "/detokenize",
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_every_number_of_a_request_has_both_bounds(description):
         if "items" in schema:
             check(name, schema["items"])
 
-    for model in ("CompletionRequest", "ChatRequest"):
+    for model in ("CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest"):
         for name, schema in description["components"]["schemas"][model]["properties"].items():
             check(name, schema)
 
@@ -75,6 +75,8 @@ def test_every_number_of_a_request_has_both_bounds(description):
 def test_answers_match_their_models(server):
     for response, model in (
         (server.complete(n=2), CompletionResponse),
+        (server.complete(n=2, echo=True, logprobs=2), CompletionResponse),
+        (server.chat(logprobs=True, top_logprobs=1), ChatResponse),
         (server.chat(), ChatResponse),
         (server.complete(n=99), ErrorResponse),
         (server.http.get("/v1/models"), ModelList),
