@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared
+from anybit.server.config import ServerConfig
 
 API_KEYS_VARIABLE = "ANYBIT_API_KEYS"
 
@@ -46,7 +48,13 @@ def serve(
     threads: ThreadsOption = 0,
     max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt + answer; 0 means the model's own.")] = 0,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 16,
-    kv_cache_mib: Annotated[int, typer.Option(min=0, help="Memory for the KV cache; 0 means up to a quarter.")] = 0,
+    kv_cache_mib: Annotated[float, typer.Option(min=0, help="Memory for the KV cache; 0 means up to a quarter.")] = 0,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep computed prompts for those that begin alike.")
+    ] = True,
+    max_queued_requests: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait for their first token; more get status 429.")
+    ] = 256,
     device: DeviceOption = "auto",
     compute_dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16", help="Type of activations.")] = "auto",
     api_key: Annotated[
@@ -60,6 +68,8 @@ def serve(
 ) -> None:
     """Serve a model at any bit-width. Without MODEL: the demo model, downloaded and quantized on first use."""
     bit_widths = parse_bit_widths(widths)
+    if log_level.upper() not in ("DEBUG", "INFO", "WARNING"):
+        raise typer.BadParameter(f"{log_level!r} is not one of DEBUG, INFO, WARNING.")
     engine_config = EngineConfig(
         checkpoint="",
         model_name="",
@@ -72,45 +82,28 @@ def serve(
         threads=threads,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        kv_cache_bytes=kv_cache_mib << 20,
+        kv_cache_bytes=int(kv_cache_mib * 2**20),
+        prefix_cache=prefix_cache,
         reproducible=reproducible,
     )
     engine_config.check()  # before minutes of quantization, not after
     resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
     ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
-    _serve(
-        engine_config,
-        resolved.checkpoint.as_posix(),
-        model_name or resolved.name,
-        host,
-        port,
-        api_key,
-        log_level.upper(),
+    keys = tuple(api_key or [key for key in os.environ.get(API_KEYS_VARIABLE, "").split(",") if key])
+    server_config = ServerConfig(
+        model_name or resolved.name, resolved.checkpoint, host, port, keys, max_queued_requests=max_queued_requests
     )
+    engine_config = replace(
+        engine_config, checkpoint=resolved.checkpoint.as_posix(), model_name=server_config.model_name
+    )
+    _run(engine_config, server_config, log_level.upper())
 
 
-def _serve(
-    engine_config: EngineConfig,
-    checkpoint: str,
-    name: str,
-    host: str,
-    port: int,
-    api_keys: list[str] | None,
-    log_level: str,
-) -> None:
+def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str) -> None:
     # The web stack takes a third of a second to import: not for --help, not before a sentence about a wrong option.
-    from dataclasses import replace  # noqa: PLC0415
-    from pathlib import Path  # noqa: PLC0415
-
-    from anybit.server.config import ServerConfig  # noqa: PLC0415
     from anybit.server.launch import run_server  # noqa: PLC0415
 
-    if log_level not in ("DEBUG", "INFO", "WARNING"):
-        raise typer.BadParameter(f"{log_level!r} is not one of DEBUG, INFO, WARNING.")
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    keys = tuple(api_keys or [key for key in os.environ.get(API_KEYS_VARIABLE, "").split(",") if key])
-    server_config = ServerConfig(name, Path(checkpoint), host, port, keys)
-    engine_config = replace(engine_config, checkpoint=checkpoint, model_name=name)
     asyncio.run(run_server(engine_config, server_config, log_level, _announce))
 
 
