@@ -26,8 +26,8 @@ def test_accepted_requests_finish_and_the_rest_get_429(tiny_checkpoint: Path, ca
             responses = list(pool.map(ask, range(num_asked)))
         statuses = Counter(response.status_code for response in responses)
         assert set(statuses) == {200, 429}
-        # What runs and waits is let in; sequences that finish meanwhile make room for a few more.
-        assert RUNNING + QUEUED <= statuses[200] < num_asked / 2
+        # The queue is let in; what has its first token by then, or has finished, makes room for more.
+        assert QUEUED <= statuses[200] < num_asked
         texts = {response.json()["choices"][0]["text"] for response in responses if response.status_code == 200}
         assert len(texts) == 1
         for response in responses:
