@@ -54,6 +54,8 @@ def normalize_base_url(text: str) -> str:
         raise ValueError(str(error)) from error
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError("an address begins with http:// or https://")
+    if url.userinfo:
+        raise ValueError("a key belongs into --api-key, because the address is printed")
     address = str(url)
     return address if address.endswith("/v1") else f"{address}/v1"
 
@@ -82,7 +84,7 @@ async def _cards(http: httpx.AsyncClient, base_url: str, needed: bool) -> list[_
             return msgspec.json.decode(response.content, type=_Cards).data
         problem = f"answered {response.status_code}: {body_message(response.text).rstrip('.')}"
     except msgspec.DecodeError:
-        problem = "did not answer with a list of models; is this an OpenAI-compatible server"
+        problem = "did not answer with a list of models, as an OpenAI-compatible server would"
     # Not every server lists its models, and with a name there is no need to.
     if needed or response.status_code >= 500:
         raise TargetError(f"{url} {problem}.")

@@ -28,7 +28,7 @@ def serve(
         str, typer.Option(help="Widths to measure, such as 2,4,8 or all; without it, the server's default.")
     ] = "",
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Requests in flight at any time.  [default: 8]", show_default=False)
+        int | None, typer.Option(min=1, help="Requests in flight at any time; 8 when not given.", show_default=False)
     ] = None,
     request_rate: Annotated[
         float | None,
