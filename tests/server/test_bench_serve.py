@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from anybit.server.bench.answer import Failure
-from anybit.server.bench.load import closed_loop, open_loop
 from anybit.server.bench.run import BenchError, BenchSettings, bench_serve
 from anybit.server.bench.target import Target, TargetError, normalize_base_url
 from anybit.server.bench.workload import Workload
@@ -191,36 +189,6 @@ def test_closed_loop_keeps_so_many_in_flight() -> None:
 
     _, server = measure(slow, replace(SETTINGS, requests=9))
     assert server.most_running == 3
-
-
-def test_open_loop_waits_for_no_answer() -> None:
-    async def run() -> list[Any]:
-        sent: list[str] = []
-        everything_sent = asyncio.Event()
-
-        async def ask(prompt: str) -> Failure:
-            sent.append(prompt)
-            if len(sent) == 3:
-                everything_sent.set()
-            await everything_sent.wait()
-            return Failure("timeout", prompt)
-
-        result = await open_loop(ask, ["a", "b", "c"], [0.0, 0.02, 0.04], lambda: None)
-        assert sent == ["a", "b", "c"]
-        assert result.seconds >= 0.04
-        return result.outcomes
-
-    assert len(asyncio.run(asyncio.wait_for(run(), 10))) == 3
-
-
-def test_loops_report_every_request_as_done() -> None:
-    async def ask(prompt: str) -> Failure:
-        return Failure("timeout", prompt)
-
-    done: list[int] = []
-    asyncio.run(closed_loop(ask, ["a"] * 5, 2, lambda: done.append(1)))
-    asyncio.run(open_loop(ask, ["a"] * 4, [0.0] * 4, lambda: done.append(1)))
-    assert len(done) == 9
 
 
 def test_infinite_rate_is_written_as_json() -> None:
