@@ -9,6 +9,7 @@ from rich.table import Table
 
 from anybit.engine.config import EngineConfig
 from anybit.engine.weights.resolve import resolve_model
+from anybit.server.commands import bench_serve
 from anybit.server.commands.options import (
     DeviceOption,
     GroupSizeOption,
@@ -23,12 +24,10 @@ from anybit.server.commands.options import (
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
 
-app = typer.Typer(help="Measure this machine: tokens per second per width.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `decode` a subcommand while it is the only one."""
+app = typer.Typer(
+    help="Measure speed per width: of this machine alone, or of a server under load.", no_args_is_help=True
+)
+app.command("serve")(bench_serve.serve)
 
 
 @app.command()

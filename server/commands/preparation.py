@@ -50,14 +50,15 @@ class StageProgress:
 
 
 @contextmanager
-def stage_progress() -> Iterator[StageProgress]:
+def stage_progress(refresh_per_second: float = 10) -> Iterator[StageProgress]:
+    """Draws on standard error while the block runs; each drawing holds the interpreter for a moment."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=refresh_per_second) as progress:
         yield StageProgress(progress)
 
 
