@@ -111,6 +111,8 @@ def _announce(model: ModelInfo, url: str) -> None:
     widths = ", ".join(map(str, model.bit_widths))
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold]{model.name}[/] at {widths} bits on [bold]{url}[/] (default {model.default_bit_width})")
+    memory = model.kv_capacity_tokens * model.kv_bytes_per_token / 2**20
+    console.print(f"Room for the keys and values of {model.kv_capacity_tokens:,} tokens ({memory:,.0f} MiB)")
     console.print(
         f"Try: curl {url}/v1/completions -H 'Content-Type: application/json' -H 'X-Bit-Width: 4' "
         """-d '{"prompt": "The capital of France is", "max_tokens": 16}'""",
