@@ -186,6 +186,8 @@ def _layer_types(metadata: GGUFMetadata, num_layers: int, period: int) -> list[s
     pattern = metadata.get("{arch}.attention.sliding_window_pattern", period)
     if not isinstance(pattern, list):
         pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(num_layers)]
+    if len(pattern) != num_layers:
+        raise SourceError(f"{metadata.path} says of {len(pattern)} layers whether they slide, and has {num_layers}.")
     return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 
 

@@ -9,7 +9,7 @@ import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
 from torch import Tensor
 
-from anybit.engine.errors import SourceError, UnsupportedModelError
+from anybit.engine.errors import AnyBitError, SourceError, UnsupportedModelError
 from anybit.engine.weights.gguf_config import config_from_metadata
 from anybit.engine.weights.gguf_metadata import GGUFMetadata
 from anybit.engine.weights.gguf_names import ROPE_DIVISORS, find_architecture, hugging_face_name
@@ -51,8 +51,13 @@ class GGUFSource:
         divisors = None
         if self._rope_divisors is not None:
             divisors = self._dequantized(ROPE_DIVISORS, self._rope_divisors).tolist()
-        # A file lists the dimensions of a tensor from the innermost outwards.
-        return config_from_metadata(self._metadata, self._tensors, int(embedding.shape[-1]), divisors)
+        vocab_size = int(embedding.shape[-1])  # a file lists dimensions from the innermost outwards
+        try:
+            return config_from_metadata(self._metadata, self._tensors, vocab_size, divisors)
+        except AnyBitError:
+            raise
+        except Exception as error:  # entries may be of any type
+            raise SourceError(f"The metadata of {self._path} cannot be used: {first_sentence(error)}.") from error
 
     def tensor_names(self) -> list[str]:
         return list(self._tensors)

@@ -1,5 +1,7 @@
 """GGUF files of every architecture: the decoder over them against Transformers' source model."""
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
@@ -79,8 +81,6 @@ def test_file_holds_every_tensor_under_its_hugging_face_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_config_gives_the_same_decoder_as_the_models_own(tmp_path, name):
-    from dataclasses import replace
-
     model, source = written(name, tmp_path)
     own, expected = parse_config(source.config), parse_config(model.config.to_dict())
     assert own.rms_norm_eps == pytest.approx(expected.rms_norm_eps)
@@ -93,7 +93,6 @@ def test_config_gives_the_same_decoder_as_the_models_own(tmp_path, name):
 
 def close_factors(config):
     """The config with its YaRN factor on sines and cosines, which files hold in float32, rounded."""
-    from dataclasses import replace
 
     def rounded(layer):
         scaling = layer.rope.scaling
@@ -219,6 +218,30 @@ def test_biases_where_the_family_has_none_are_refused(tmp_path, monkeypatch, kep
     with pytest.raises(UnsupportedModelError) as caught:
         _ = GGUFSource(write_gguf(model, tmp_path / "file.gguf")).config
     assert_one_sentence(caught.value, "biases")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("qwen2, untied, yarn", "qwen2.rope.scaling.factor"),
+        ("llama", "llama.attention.head_count"),
+        ("gemma3", "gemma3.attention.sliding_window_pattern"),
+        ("gemma3", "gemma3.block_count"),
+    ],
+)
+def test_entries_of_another_type_are_told(tmp_path, name, key):
+    _, source = written(name, tmp_path, edit=lambda writer: writer.add_string(key, "many"))
+    with pytest.raises(SourceError) as caught:
+        _ = source.config
+    assert_one_sentence(caught.value, "file.gguf")
+
+
+def test_pattern_of_another_length_is_told(tmp_path):
+    edit = {"edit": lambda writer: writer.add_sliding_window_pattern([True, False])}
+    _, source = written("gemma3, unscaled", tmp_path, **edit)
+    with pytest.raises(SourceError) as caught:
+        _ = source.config
+    assert_one_sentence(caught.value, "2 layers", "has 3")
 
 
 def test_missing_blocks_are_told(tmp_path):
