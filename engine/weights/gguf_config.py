@@ -63,23 +63,22 @@ def _shape(metadata: GGUFMetadata, names: set[str]) -> Config:
 def _rope(metadata: GGUFMetadata, config: Config, divisors: Sequence[float] | None) -> Config:
     rope: Config = {"rope_type": "default", "rope_theta": metadata.get("{arch}.rope.freq_base", 10_000.0)}
     kind = metadata.get("{arch}.rope.scaling.type", "none")
-    # Files from before the scaling had a type state a linear factor alone.
-    factor = metadata.get("{arch}.rope.scaling.factor") or metadata.get("{arch}.rope.scale_linear")
-    if kind == "none" and metadata.get("{arch}.rope.scale_linear") not in (None, 0.0, 1.0):
-        kind = "linear"
+    factor = metadata.get("{arch}.rope.scaling.factor")
+    old_factor = metadata.get("{arch}.rope.scale_linear", 1.0)
+    if kind == "none" and old_factor != 1.0:  # from before the scaling had a type
+        kind, factor = "linear", old_factor
     if divisors is not None:
         if kind != "none":
             raise UnsupportedModelError(f"{metadata.path} scales its rotary embeddings twice, which is not supported.")
         # How files give Llama 3's scaling: not its parameters but what comes of them for each frequency. Of
         # Transformers' kinds, longrope says that.
-        original = config["max_position_embeddings"]
         return rope | {
             "rope_type": "longrope",
             "short_factor": list(divisors),
             "long_factor": list(divisors),
             "factor": 1.0,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": original,
+            "original_max_position_embeddings": config["max_position_embeddings"],
         }
     if kind == "none":
         return rope
