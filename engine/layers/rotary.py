@@ -35,6 +35,8 @@ def _scaled(frequencies: Tensor, rope: Rope) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "divisors":
+        return frequencies / torch.tensor(scaling.divisors, dtype=torch.float32)
     if scaling.kind == "yarn":
         kept = _yarn_kept(frequencies.numel(), rope.theta, scaling)
     else:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Frequency scaling of rotary embeddings. `kind` is "default", "linear", "llama3" or "yarn"."""
+    """Frequency scaling of rotary embeddings. `kind` is "default", "linear", "llama3", "yarn" or "divisors"."""
 
     kind: str = "default"
     factor: float = 1.0
@@ -15,7 +15,8 @@ class RopeScaling:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True
-    attention_factor: float = 1.0  # yarn: factor on sines and cosines
+    attention_factor: float = 1.0  # yarn, divisors: factor on sines and cosines
+    divisors: tuple[float, ...] = ()  # one per frequency
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,8 +188,10 @@ def _rope(config: Config, entry: Config) -> Rope:
         )
     if kind == "yarn":
         return Rope(theta, _yarn(config, entry))
+    if kind == "longrope":
+        return Rope(theta, _longrope(config, entry))
     raise UnsupportedModelError(
-        f"The rotary embedding type {kind!r} is not supported; use default, linear, llama3 or yarn."
+        f"The rotary embedding type {kind!r} is not supported; use default, linear, llama3, yarn or longrope."
     )
 
 
@@ -208,6 +210,17 @@ def _yarn(config: Config, entry: Config) -> RopeScaling:
         truncate=bool(entry.get("truncate", True)),
         attention_factor=float(entry.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)),
     )
+
+
+def _longrope(config: Config, entry: Config) -> RopeScaling:
+    """LongRoPE whose divisors are the same at every length: how the source of a GGUF file states Llama 3's scaling."""
+    divisors = tuple(float(divisor) for divisor in entry["long_factor"])
+    if divisors != tuple(float(divisor) for divisor in entry["short_factor"]):
+        raise UnsupportedModelError("LongRoPE with other factors for long texts than for short ones is not supported.")
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+    if len(divisors) != head_dim // 2 or min(divisors) <= 0:
+        raise UnsupportedModelError(f"LongRoPE needs {head_dim // 2} positive factors for heads of {head_dim}.")
+    return RopeScaling("divisors", attention_factor=float(entry["attention_factor"]), divisors=divisors)
 
 
 def _want(config: Config, key: str, value: str, default: str) -> None:

@@ -49,13 +49,18 @@ def builtin_text() -> str:
     return (importlib.resources.files("anybit.engine.quantize") / BUILTIN_TEXT).read_text()
 
 
-def windows(token_ids: Sequence[int], context: int, max_tokens: int | None) -> list[list[int]]:
-    """Whole windows of `context` tokens without overlap, from at most `max_tokens` tokens; SourceError if none fits."""
+def windows(
+    token_ids: Sequence[int], context: int, max_tokens: int | None, first: Sequence[int] = ()
+) -> list[list[int]]:
+    """Whole windows of `context` tokens without overlap, from at most `max_tokens` tokens; SourceError if none fits.
+
+    Each begins with `first`, the tokens that the model expects before every text.
+    """
     limit = len(token_ids) if max_tokens is None else min(max_tokens, len(token_ids))
-    found = [list(token_ids[start : start + context]) for start in range(0, limit - context + 1, context)]
-    if not found:
+    step = context - len(first)
+    if not 1 <= step <= limit:
         raise SourceError(f"The text has {limit} tokens, fewer than one window of {context}; use a shorter --context.")
-    return found
+    return [[*first, *token_ids[start : start + step]] for start in range(0, limit - step + 1, step)]
 
 
 def evaluate(

@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def evaluate_checkpoint(
         raise ConfigError(f"The checkpoint was made for the widths {', '.join(map(str, made))}, not for {absent[0]}.")
     text = builtin_text() if options.text is None else _read_text(options.text)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    token_windows = windows(tokenizer.encode(text, add_special_tokens=False).ids, options.context, options.max_tokens)
+    token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    token_windows = windows(token_ids, options.context, options.max_tokens, _first_tokens(tokenizer))
 
     variants = _nested_variants(reader, bit_widths, options)
     reference = None
@@ -77,6 +79,13 @@ def evaluate_checkpoint(
         "group_size": reader.manifest.group_size,
         "results": [_row(variant, compared=reference is not None) for variant in variants],
     }
+
+
+def _first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text: a BOS without which some models predict poorly, or nothing."""
+    encoded = tokenizer.encode("a")
+    added = takewhile(lambda pair: pair[1], zip(encoded.ids, encoded.special_tokens_mask, strict=True))
+    return [token_id for token_id, _ in added]
 
 
 def quick_perplexity(directory: Path, source: SourceModel, progress: Progress) -> tuple[dict[str, float], str]:

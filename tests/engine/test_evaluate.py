@@ -5,19 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from anybit.engine.config import ConfigError
 from anybit.engine.errors import SourceError
 from anybit.engine.quantize import evaluate as evaluate_module
 from anybit.engine.quantize.evaluate import Variant, builtin_text, evaluate, windows
 from anybit.engine.quantize.matquant_slice import MatQuantSliceLoader, sliced_weight
-from anybit.engine.quantize.measure import EvalOptions, evaluate_checkpoint, quick_perplexity
+from anybit.engine.quantize.measure import EvalOptions, _first_tokens, evaluate_checkpoint, quick_perplexity
 from anybit.engine.weights.accounting import effective_bits, linear_entries
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import DenseLoader
 from anybit.engine.weights.manifest import read_manifest
 from tests.fixtures.sentences import assert_one_sentence
 from tests.fixtures.tiny_llama import decoder_of, dense_decoder, save_llama, tiny_llama
+from tests.server.tiny_checkpoint import byte_level_tokenizer
 
 CONTEXT = 70
 WINDOWS = torch.randint(512, (3, CONTEXT), generator=torch.Generator().manual_seed(0)).tolist()
@@ -56,6 +58,22 @@ def log_probabilities(models, name):
 )
 def test_windows_are_whole_and_do_not_overlap(context, max_tokens, expected):
     assert windows(range(10), context, max_tokens) == expected
+
+
+def test_windows_begin_with_what_every_text_begins_with():
+    assert windows(range(10), 4, None, [99]) == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    assert windows(range(10), 11, None, [99]) == [[99, *range(10)]]
+    with pytest.raises(SourceError):
+        windows(range(10), 1, None, [99])
+
+
+@pytest.mark.parametrize("ends", [["<s>", "$A"], ["<s>", "$A", "</s>"], ["$A"]])
+def test_first_tokens_are_those_the_tokenizer_puts_before_a_text(ends):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    ids = [(text, tokenizer.token_to_id(text)) for text in ("<s>", "</s>")]
+    tokenizer.post_processor = TemplateProcessing(single=ends, special_tokens=ids)
+    assert _first_tokens(tokenizer) == [token_id for text, token_id in ids if text == "<s>" and text in ends]
 
 
 @pytest.mark.parametrize(("context", "max_tokens", "found"), [(11, None, 10), (4, 3, 3)])

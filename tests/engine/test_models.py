@@ -23,6 +23,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0] * 4 + [2.0] * 4,
+    "long_factor": [1.0] * 4 + [2.0] * 4,
+    "attention_factor": 1.5,
+}
 VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "untied, biases": {"attention_bias": True, "mlp_bias": True},
@@ -78,6 +85,11 @@ CONFIG = json.loads(tiny_config().to_json_string())
             RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
         ),
         ({"rope_parameters": LLAMA3_ROPE}, 500.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
+        (
+            {"rope_parameters": LONGROPE},
+            500.0,
+            RopeScaling("divisors", attention_factor=1.5, divisors=(1.0,) * 4 + (2.0,) * 4),
+        ),
     ],
 )
 def test_parse_config_reads_rope_as_written_by_old_and_new_libraries(changes, theta, scaling):
@@ -128,6 +140,10 @@ def test_parse_config_names_a_missing_entry(key):
         ({"num_hidden_layers": 2**40}, "layers"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"}}, "low_freq_factor"),
+        ({"rope_parameters": {**LONGROPE, "short_factor": [1.0] * 8}}, "LongRoPE"),
+        ({"rope_parameters": {**LONGROPE, "short_factor": [1.0] * 6, "long_factor": [1.0] * 6}}, "8 positive factors"),
+        ({"rope_parameters": {**LONGROPE, "short_factor": [0.0] * 8, "long_factor": [0.0] * 8}}, "8 positive factors"),
+        ({"rope_parameters": {k: v for k, v in LONGROPE.items() if k != "attention_factor"}}, "attention_factor"),
         ({"model_type": "gemma2", "hidden_activation": "gelu"}, "'gelu'"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "Bidirectional"),
         ({"model_type": "mistral", "layer_types": ["full_attention"]}, "1 layer types for 2 layers"),
