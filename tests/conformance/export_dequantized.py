@@ -8,8 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import TOKENIZER_FILES
@@ -29,10 +28,9 @@ def main() -> None:
         reader.copy_nested(name, weight)
         tensors[name] = reference.dequantize(weight, width).float().contiguous()
     for shard in checkpoint.glob("*.safetensors"):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():
-                if not any(name.startswith(f"{nested}.") for nested in reader.manifest.tensors):
-                    tensors[name] = file.get_tensor(name).float()
+        for name, tensor in load_file(shard).items():
+            if not any(name.startswith(f"{nested}.") for nested in reader.manifest.tensors):
+                tensors[name] = tensor.float()
     save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((checkpoint / "config.json").read_text())
     config.pop("quantization_config", None)

@@ -7,7 +7,6 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
 
-
 @pytest.fixture(scope="module")
 def chat(server: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model=server.model, temperature=0, max_tokens=12)

@@ -1,5 +1,6 @@
 """The demo model with real weights, from nothing to text. Downloads some 90 MB."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from anybit.engine.models.registry import parse_config
 from tests.endtoend.command import ServeCommand, run_anybit
 
 pytestmark = pytest.mark.slow
@@ -88,7 +90,6 @@ def test_demo_logits_agree_with_transformers_on_real_text(demo: ServeCommand, de
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from anybit.engine.models.decoder import build_decoder
-    from anybit.engine.models.registry import parse_config
     from anybit.engine.quantize.evaluate import Variant, builtin_text, next_log_probabilities, start_sequence
     from anybit.engine.weights.loader import DenseLoader
     from anybit.engine.weights.open_source import open_source
@@ -108,3 +109,26 @@ def test_demo_logits_agree_with_transformers_on_real_text(demo: ServeCommand, de
     counts = [150] + [1] * 50
     actual = torch.cat([next_log_probabilities(variant, sequence, count) for count in counts])
     assert (actual - expected).abs().max() < 5e-4
+
+
+def test_demo_scores_real_text_as_a_direct_pass_does(demo: ServeCommand, demo_cache: Path) -> None:
+    import httpx
+
+    from anybit.engine.models.decoder import build_decoder
+    from anybit.engine.quantize.evaluate import Variant, builtin_text, next_log_probabilities, start_sequence
+    from anybit.engine.weights.checkpoint import CheckpointReader
+    from anybit.engine.weights.loader import NestedLoader
+
+    (checkpoint,) = (path.parent for path in demo_cache.rglob("anybit.json"))
+    text = builtin_text()[:1500]
+    ids = httpx.post(f"{demo.url}/tokenize", json={"prompt": text}).json()["tokens"]
+    config = parse_config(json.loads((checkpoint / "config.json").read_text()))
+    decoder = build_decoder(config, NestedLoader(CheckpointReader(checkpoint), WIDTHS, 8), 512)
+    for width in (8, 4):
+        request = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "bit_width": width}
+        answer = httpx.post(f"{demo.url}/v1/completions", json=request, timeout=300).json()
+        values = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids)])
+        variant = Variant(str(width), decoder, width, "bf16", 0.0)
+        direct = next_log_probabilities(variant, start_sequence(ids, variant), len(ids))
+        expected = direct[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert (values - expected).abs().max() < 1e-3
