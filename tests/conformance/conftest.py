@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,23 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model with a float32 KV cache, so that judges in float32 can be compared to the third digit."""
-    log_path = tmp_path_factory.mktemp("server") / "log"
+    with serving(tmp_path_factory.mktemp("server"), "--kv-format", "float32") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def terse_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model with so little context that no answer takes long."""
+    with serving(tmp_path_factory.mktemp("server"), "--max-model-len", "96") as server:
+        yield server
+
+
+@contextmanager
+def serving(directory: Path, *options: str) -> Iterator[Server]:
+    log_path = directory / "log"
     port = free_port()
     with log_path.open("w") as log:
-        command = [ANYBIT, "serve", "--port", str(port), "--kv-format", "float32", "--log-level", "warning"]
+        command = [ANYBIT, "serve", "--port", str(port), "--log-level", "warning", *options]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_ready(f"http://127.0.0.1:{port}", process, log_path)
