@@ -12,7 +12,7 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError, CheckpointError
-from anybit.engine.machine import describe_device, free_bytes, keep_freed_memory, physical_cores, resolve_device
+from anybit.engine.machine import describe_device, free_bytes, keep_freed_memory, physical_cores, resolve_device, use_threads
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import parse_config
@@ -38,7 +38,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     started = time.monotonic()
     config.check()
     keep_freed_memory()
-    torch.set_num_threads(config.threads or physical_cores())
+    use_threads(config.threads or physical_cores())
     device = resolve_device(config.device)
     if config.reproducible and device.type != "cpu":
         raise ConfigError("Reproducible results are not available on a GPU yet; use --fast or --device cpu.")

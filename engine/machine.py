@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from anybit.engine.config import ConfigError
+from anybit.kernels.cpu.library import selected_instruction_set, set_threads
 
 _KEPT_BYTES = 256 << 20
 
@@ -19,6 +20,12 @@ def physical_cores() -> int:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
     return max(1, len(siblings))
+
+
+def use_threads(count: int) -> None:
+    """Compute with `count` threads, in PyTorch and in the native kernels."""
+    torch.set_num_threads(count)
+    set_threads(count)
 
 
 def keep_freed_memory() -> None:
@@ -43,7 +50,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads, {selected_instruction_set() or 'portable kernels'})"
 
 
 def free_bytes(device: torch.device) -> int:

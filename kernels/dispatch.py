@@ -1,6 +1,6 @@
 """Chooses the implementation of each operation. Callers name what they want, never how it is done.
 
-Today every device runs the portable PyTorch path; native CPU and GPU kernels will be chosen here by device and shape.
+On a CPU linear layers run natively where the library was built; everything else is portable PyTorch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from anybit.kernels.cpu import packed as cpu
+from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable import attention as portable_attention
 from anybit.kernels.portable import elementwise
@@ -19,18 +21,33 @@ WidthSegment = tuple[int, int, int]
 """Rows start .. stop−1 of a batch and the bit-width they are computed at: (bit_width, start, stop)."""
 
 
-def linear(x: Tensor, weight: NestedWeight, segments: Sequence[WidthSegment]) -> Tensor:
-    """x Ŵᵀ with each segment of rows at exactly its own bit-width: float32 [tokens, in] -> float32 [tokens, out].
+ServedWeight = NestedWeight | PackedWeight
+"""A nested weight in the order that checkpoints have, or in the one that native kernels read."""
+
+
+def prepare(weight: NestedWeight) -> ServedWeight:
+    """The form of a weight that the fastest kernels here read; the original may then be freed."""
+    return cpu.pack(weight) if cpu.can_pack(weight) else weight
+
+
+def linear(
+    x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None
+) -> Tensor:
+    """x Ŵᵀ (+ bias), each segment of rows at exactly its own bit-width: float32 [tokens, in] -> float32 [tokens, out].
 
     The segments cover the rows of x in order. A row's result depends on that row and its width alone.
     """
-    if len(segments) == 1:
-        return portable_linear.linear(x, weight, segments[0][0])
-    return torch.cat([portable_linear.linear(x[start:stop], weight, width) for width, start, stop in segments])
+    if isinstance(weight, PackedWeight):
+        return cpu.linear(x, weight, segments, bias)
+    parts = [portable_linear.linear(x[start:stop], weight, width) for width, start, stop in segments]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if bias is None else y + bias
 
 
-def embedding(token_ids: Tensor, weight: NestedWeight, bit_width: int) -> Tensor:
+def embedding(token_ids: Tensor, weight: ServedWeight, bit_width: int) -> Tensor:
     """Rows of a nested embedding table: int64 [tokens] -> float32 [tokens, in]."""
+    if isinstance(weight, PackedWeight):
+        return cpu.embedding(token_ids, weight, bit_width)
     return portable_linear.embedding(token_ids, weight, bit_width)
 
 

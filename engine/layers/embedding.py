@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.kernels import dispatch
-from anybit.kernels.nested import NestedWeight
+from anybit.kernels.dispatch import ServedWeight
 
 
 class VocabularyTable(Protocol):
@@ -26,7 +26,7 @@ class VocabularyTable(Protocol):
 class NestedVocabulary:
     """Read at one fixed bit-width whatever the width of a request's linears (FORMATS, section 1)."""
 
-    weight: NestedWeight
+    weight: ServedWeight
     bit_width: int
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.kernels import dispatch
-from anybit.kernels.dispatch import WidthSegment
-from anybit.kernels.nested import NestedWeight
+from anybit.kernels.dispatch import ServedWeight, WidthSegment
 
 
 class Linear(Protocol):
@@ -20,12 +19,11 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NestedLinear:
-    weight: NestedWeight
+    weight: ServedWeight
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor, segments: Sequence[WidthSegment]) -> Tensor:
-        y = dispatch.linear(x, self.weight, segments)
-        return y if self.bias is None else y + self.bias
+        return dispatch.linear(x, self.weight, segments, self.bias)
 
 
 @dataclass(frozen=True, slots=True)

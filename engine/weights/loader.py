@@ -10,13 +10,15 @@ from anybit.engine.layers.embedding import DenseVocabulary, NestedVocabulary
 from anybit.engine.layers.linear import DenseLinear, NestedLinear
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.source import SourceModel
-from anybit.kernels.nested import NestedWeight
+from anybit.kernels import dispatch
+from anybit.kernels.dispatch import ServedWeight
 
 
 class NestedLoader:
-    """Copies each wanted stream straight from the mapped file to its final place: peak memory is one copy.
+    """Copies each wanted stream straight from the mapped file and gives it the order that the kernels here read.
 
-    Only chunks up to the largest width wanted are read; embedding and head keep those of `lm_head_bits`.
+    Peak memory is one copy and one layer. Only chunks up to the largest width wanted are read; embedding and head keep
+    those of `lm_head_bits`. `native` False keeps the portable order.
     """
 
     def __init__(
@@ -25,7 +27,9 @@ class NestedLoader:
         bit_widths: Sequence[int],
         lm_head_bits: int,
         device: torch.device | str = "cpu",
+        native: bool = True,
     ) -> None:
+        self._native = native
         self._reader = reader
         self._bit_widths = tuple(bit_widths)
         self._lm_head_bits = lm_head_bits
@@ -49,14 +53,14 @@ class NestedLoader:
         self.resident_bytes["norm"] += vector.nbytes
         return vector
 
-    def _load(self, names: Sequence[str], bit_widths: Sequence[int]) -> NestedWeight:
+    def _load(self, names: Sequence[str], bit_widths: Sequence[int]) -> ServedWeight:
         weight = self._reader.allocate(names, bit_widths, self._device)
         start = 0
         for name in names:
             stop = start + self._reader.entry(name).shape[0]
             self._reader.copy_nested(name, weight.rows(start, stop))
             start = stop
-        return weight
+        return dispatch.prepare(weight) if self._native else weight
 
 
 class DenseLoader:

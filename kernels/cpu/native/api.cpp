@@ -1,0 +1,156 @@
+// What Python calls, by plain C types; `kernels/cpu/library.py` declares the other side. The interpreter lock is free meanwhile.
+
+#include <Python.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "nested.h"
+#include "packing.h"
+#include "threads.h"
+
+namespace anybit {
+namespace {
+
+bool runs_here(const Kernels* kernels) {
+    if (kernels == nullptr) return false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (kernels == avx2_kernels()) return avx2;
+    if (kernels == avx512_kernels()) return avx512;
+    if (kernels == avx512_vnni_kernels()) return avx512 && __builtin_cpu_supports("avx512vnni");
+#endif
+    return true;
+}
+
+// The best first.
+const Kernels* candidate(int index) {
+    switch (index) {
+        case 0: return avx512_vnni_kernels();
+        case 1: return avx512_kernels();
+        case 2: return avx2_kernels();
+        default: return scalar_kernels();
+    }
+}
+constexpr int kNumCandidates = 4;
+
+const Kernels* selected = nullptr;
+std::mutex in_use;  // one operation at a time: they share the threads and the workspace
+
+const Kernels& kernels() {
+    for (int index = 0; selected == nullptr; ++index)
+        if (runs_here(candidate(index))) selected = candidate(index);
+    return *selected;
+}
+
+// Memory that grows to the largest call and stays.
+class Buffer {
+  public:
+    void* at_least(size_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            memory_ = std::aligned_alloc(64, size_);
+        }
+        return memory_;
+    }
+
+  private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+Buffer quantized, steps, totals, scratch;
+
+int64_t share(int64_t count, int index, int threads) { return count * index / threads; }
+
+}  // namespace
+}  // namespace anybit
+
+using namespace anybit;
+
+extern "C" {
+
+// Name of an instruction set that runs here, the best at index 0; null behind the last.
+const char* anybit_available(int index) {
+    for (int next = 0; next < kNumCandidates; ++next)
+        if (runs_here(candidate(next)) && index-- == 0) return candidate(next)->name;
+    return nullptr;
+}
+
+// Use another instruction set; 0 if it is there and runs here.
+int anybit_select(const char* name) {
+    for (int index = 0; index < kNumCandidates; ++index)
+        if (runs_here(candidate(index)) && std::strcmp(candidate(index)->name, name) == 0) {
+            std::lock_guard<std::mutex> lock(in_use);
+            selected = candidate(index);
+            return 0;
+        }
+    return -1;
+}
+
+const char* anybit_selected() { return kernels().name; }
+
+void anybit_set_threads(int count) {
+    std::lock_guard<std::mutex> lock(in_use);
+    Workers::instance().resize(count);
+}
+
+void anybit_pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int bits, int64_t blocks,
+                       uint8_t* packed) {
+    std::lock_guard<std::mutex> lock(in_use);
+    Workers::instance().each([&](int index, int threads) {
+        pack_chunk(canonical, stored_rows, in_features, bits, packed, share(blocks, index, threads),
+                   share(blocks, index + 1, threads));
+    });
+}
+
+void anybit_pack_part(const uint8_t* canonical, int64_t stored_rows, int64_t groups, int64_t float_bytes,
+                      int64_t blocks, uint8_t* packed) {
+    pack_part(canonical, stored_rows, groups, float_bytes, packed, blocks);
+}
+
+// y [rows, out] = x [rows, in] times the weight, each segment at its width; bias [out] or null.
+void anybit_linear(const Weight* weight, const float* x, int64_t rows, const Segment* segments, int64_t num_segments,
+                   const float* bias, float* y) {
+    std::lock_guard<std::mutex> lock(in_use);
+    Workers& workers = Workers::instance();
+    const int64_t in_features = weight->in_features, groups = weight->num_groups();
+    const size_t scratch_bytes = (size_t)(2 * kBlockRows * in_features);
+    int8_t* q = (int8_t*)quantized.at_least((size_t)(rows * in_features));
+    float* step = (float*)steps.at_least((size_t)(rows * groups) * sizeof(float));
+    float* total = (float*)totals.at_least((size_t)(rows * groups) * sizeof(float));
+    uint8_t* decoded = (uint8_t*)scratch.at_least(scratch_bytes * (size_t)workers.size());
+    const Kernels& chosen = kernels();
+    const auto quantize_rows = [&](int index, int threads) {
+        chosen.quantize(x, share(rows, index, threads), share(rows, index + 1, threads), in_features, weight->group_size,
+                        q, step, total);
+    };
+    if (rows >= 2 * workers.size())
+        workers.each(quantize_rows);
+    else
+        quantize_rows(0, 1);
+    const Activations activations = {q, step, total};
+    const int64_t blocks = weight->num_blocks();
+    workers.each([&](int index, int threads) {
+        chosen.linear(*weight, activations, segments, num_segments, bias, y, share(blocks, index, threads),
+                      share(blocks, index + 1, threads), decoded + scratch_bytes * (size_t)index);
+    });
+}
+
+// out [count, in]: rows of the weight as floats.
+void anybit_embedding(const Weight* weight, int64_t bit_width, const int64_t* rows, int64_t count, float* out) {
+    for (int64_t index = 0; index < count; ++index)
+        decode_row(*weight, bit_width, rows[index], out + index * weight->in_features);
+}
+
+static struct PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr,
+                                               nullptr, nullptr, nullptr};
+
+// The module is empty: it lets an ordinary extension build and find the library.
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module_definition); }
+}

@@ -1,0 +1,94 @@
+// Plain C++: right everywhere, the reference for the others.
+
+#include <cmath>
+
+#include "nested.h"
+
+namespace anybit {
+namespace {
+
+struct Bytes { uint8_t lanes[kLanes]; };
+struct Ints { int32_t lanes[kBlockRows]; };
+struct Floats { float lanes[kBlockRows]; };
+constexpr int kRowTile = 4;
+
+inline Bytes load(const uint8_t* from) {
+    Bytes v;
+    __builtin_memcpy(v.lanes, from, kLanes);
+    return v;
+}
+inline void store(uint8_t* to, Bytes v) { __builtin_memcpy(to, v.lanes, kLanes); }
+inline Bytes shifted(Bytes v, int n) {
+    for (uint8_t& lane : v.lanes) lane = (uint8_t)(n >= 0 ? lane >> n : lane << -n);
+    return v;
+}
+inline Bytes masked(Bytes v, uint8_t mask) {
+    for (uint8_t& lane : v.lanes) lane &= mask;
+    return v;
+}
+inline Bytes merge(Bytes v, uint8_t mask, Bytes w) {
+    for (int l = 0; l < kLanes; ++l) w.lanes[l] |= v.lanes[l] & mask;
+    return w;
+}
+inline Ints zero_ints() { return Ints{}; }
+inline Ints add(Ints a, Ints b) {
+    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] += b.lanes[r];
+    return a;
+}
+inline Ints dot(Ints sums, Bytes codes, const int8_t* q) {
+    for (int l = 0; l < kLanes; ++l) sums.lanes[l / 4] += codes.lanes[l] * q[l % 4];
+    return sums;
+}
+inline Floats from(Ints v) {
+    Floats out;
+    for (int r = 0; r < kBlockRows; ++r) out.lanes[r] = (float)v.lanes[r];
+    return out;
+}
+inline Floats broadcast(float value) {
+    Floats out;
+    for (float& lane : out.lanes) lane = value;
+    return out;
+}
+inline Floats load_floats(const float* from) {
+    Floats out;
+    __builtin_memcpy(out.lanes, from, sizeof out.lanes);
+    return out;
+}
+inline void store_floats(float* to, Floats v) { __builtin_memcpy(to, v.lanes, sizeof v.lanes); }
+inline float float_from_half(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp((float)fraction, -24);
+    const uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+inline Floats load_part(const void* part, int64_t float_bytes, int64_t index) {
+    if (float_bytes == 4) return load_floats((const float*)part + index);
+    Floats out;
+    for (int r = 0; r < kBlockRows; ++r) out.lanes[r] = float_from_half(((const uint16_t*)part)[index + r]);
+    return out;
+}
+inline Floats mul(Floats a, Floats b) {
+    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] *= b.lanes[r];
+    return a;
+}
+inline Floats add(Floats a, Floats b) {
+    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] += b.lanes[r];
+    return a;
+}
+inline Floats fma(Floats a, Floats b, Floats c) {
+    for (int r = 0; r < kBlockRows; ++r) c.lanes[r] = std::fma(a.lanes[r], b.lanes[r], c.lanes[r]);
+    return c;
+}
+
+#include "linear_kernel.h"
+
+}  // namespace
+
+const Kernels* scalar_kernels() {
+    static const Kernels kernels = {"scalar", quantize, linear};
+    return &kernels;
+}
+
+}  // namespace anybit
