@@ -12,7 +12,14 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError, CheckpointError
-from anybit.engine.machine import describe_device, free_bytes, keep_freed_memory, physical_cores, resolve_device, use_threads
+from anybit.engine.machine import (
+    describe_device,
+    free_bytes,
+    keep_freed_memory,
+    physical_cores,
+    resolve_device,
+    use_threads,
+)
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import parse_config

@@ -30,9 +30,7 @@ def prepare(weight: NestedWeight) -> ServedWeight:
     return cpu.pack(weight) if cpu.can_pack(weight) else weight
 
 
-def linear(
-    x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None) -> Tensor:
     """x Ŵᵀ (+ bias), each segment of rows at exactly its own bit-width: float32 [tokens, in] -> float32 [tokens, out].
 
     The segments cover the rows of x in order. A row's result depends on that row and its width alone.

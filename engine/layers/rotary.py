@@ -18,13 +18,13 @@ class RotaryEmbedding:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         frequencies = _scaled(1.0 / rope.theta**exponents, rope)
         angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
-        self._cos = (angles.cos() * rope.scaling.attention_factor).to(device)  # [positions, head_dim / 2]
-        self._sin = (angles.sin() * rope.scaling.attention_factor).to(device)
+        self.cosines = (angles.cos() * rope.scaling.attention_factor).to(device)  # [positions, head_dim / 2]
+        self.sines = (angles.sin() * rope.scaling.attention_factor).to(device)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, heads, head_dim], positions int64 [tokens] -> the same shape and dtype, rotated."""
-        cos = self._cos[positions].unsqueeze(1)
-        sin = self._sin[positions].unsqueeze(1)
+        cos = self.cosines[positions].unsqueeze(1)
+        sin = self.sines[positions].unsqueeze(1)
         first, second = x.to(torch.float32).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

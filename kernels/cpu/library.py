@@ -61,6 +61,7 @@ def library() -> ctypes.CDLL | None:
         "anybit_pack_chunk": (None, [pointer, integer, integer, ctypes.c_int, integer, pointer]),
         "anybit_pack_part": (None, [pointer, integer, integer, integer, integer, pointer]),
         "anybit_linear": (None, [pointer, pointer, integer, pointer, integer, pointer, pointer]),
+        "anybit_stack": (None, [pointer, pointer, pointer, pointer]),
         "anybit_embedding": (None, [pointer, integer, pointer, integer, pointer]),
     }
     for name, (result, arguments) in signatures.items():

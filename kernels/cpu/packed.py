@@ -43,9 +43,7 @@ def can_pack(weight: NestedWeight) -> bool:
     """Whether the native kernels are there and know this weight's place and number types."""
     part = next(iter(weight.affine.values()))
     return (
-        part.scale.device.type == "cpu"
-        and part.scale.dtype in (torch.float16, torch.float32)
-        and library() is not None
+        part.scale.device.type == "cpu" and part.scale.dtype in (torch.float16, torch.float32) and library() is not None
     )
 
 

@@ -2,13 +2,11 @@
 
 #include <Python.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
-#include "nested.h"
 #include "packing.h"
-#include "threads.h"
+#include "stack.h"
 
 namespace anybit {
 namespace {
@@ -47,26 +45,7 @@ const Kernels& kernels() {
     return *selected;
 }
 
-// Memory that grows to the largest call and stays.
-class Buffer {
-  public:
-    void* at_least(size_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            memory_ = std::aligned_alloc(64, size_);
-        }
-        return memory_;
-    }
-
-  private:
-    void* memory_ = nullptr;
-    size_t size_ = 0;
-};
-
-Buffer quantized, steps, totals, scratch;
-
-int64_t share(int64_t count, int index, int threads) { return count * index / threads; }
+Workspace workspace;
 
 }  // namespace
 }  // namespace anybit
@@ -118,28 +97,13 @@ void anybit_pack_part(const uint8_t* canonical, int64_t stored_rows, int64_t gro
 void anybit_linear(const Weight* weight, const float* x, int64_t rows, const Segment* segments, int64_t num_segments,
                    const float* bias, float* y) {
     std::lock_guard<std::mutex> lock(in_use);
-    Workers& workers = Workers::instance();
-    const int64_t in_features = weight->in_features, groups = weight->num_groups();
-    const size_t scratch_bytes = (size_t)(2 * kBlockRows * in_features);
-    int8_t* q = (int8_t*)quantized.at_least((size_t)(rows * in_features));
-    float* step = (float*)steps.at_least((size_t)(rows * groups) * sizeof(float));
-    float* total = (float*)totals.at_least((size_t)(rows * groups) * sizeof(float));
-    uint8_t* decoded = (uint8_t*)scratch.at_least(scratch_bytes * (size_t)workers.size());
-    const Kernels& chosen = kernels();
-    const auto quantize_rows = [&](int index, int threads) {
-        chosen.quantize(x, share(rows, index, threads), share(rows, index + 1, threads), in_features, weight->group_size,
-                        q, step, total);
-    };
-    if (rows >= 2 * workers.size())
-        workers.each(quantize_rows);
-    else
-        quantize_rows(0, 1);
-    const Activations activations = {q, step, total};
-    const int64_t blocks = weight->num_blocks();
-    workers.each([&](int index, int threads) {
-        chosen.linear(*weight, activations, segments, num_segments, bias, y, share(blocks, index, threads),
-                      share(blocks, index + 1, threads), decoded + scratch_bytes * (size_t)index);
-    });
+    run_linear(kernels(), Workers::instance(), workspace, Linear{weight, bias}, x, rows, segments, num_segments, y);
+}
+
+// hidden [rows, hidden_size] through all layers, in place; pages holds one entry per layer.
+void anybit_stack(const Model* model, const Batch* batch, const Pages* pages, float* hidden) {
+    std::lock_guard<std::mutex> lock(in_use);
+    run_stack(kernels(), Workers::instance(), workspace, *model, *batch, pages, hidden);
 }
 
 // out [count, in]: rows of the weight as floats.

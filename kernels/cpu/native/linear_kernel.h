@@ -72,13 +72,24 @@ struct GroupPart {
     }
 };
 
-// y += step * (high * sum_high + low * sum_low + zero * total)
+// Weighted sums of one group's nibbles: sum over spans of step * (sum of nibble * q).
+struct GroupSums {
+    Floats high, low;
+
+    static inline GroupSums zero() { return {broadcast(0.0f), broadcast(0.0f)}; }
+    template <int kBits>
+    inline void add_span(Ints span_high, Ints span_low, float step) {
+        high = fma(from(span_high), broadcast(step), high);
+        if (kBits > 4) low = fma(from(span_low), broadcast(step), low);
+    }
+};
+
+// y += high * sums.high + low * sums.low + zero * total
 template <int kBits>
-static inline Floats add_group(Floats y, const GroupPart& part, Ints sum_high, Ints sum_low, float step, float total) {
-    Floats term = mul(part.zero, broadcast(total));
-    term = fma(part.high, from(sum_high), term);
-    if (kBits > 4) term = fma(part.low, from(sum_low), term);
-    return fma(term, broadcast(step), y);
+static inline Floats add_group(Floats y, const GroupPart& part, const GroupSums& sums, float total) {
+    y = fma(part.high, sums.high, y);
+    if (kBits > 4) y = fma(part.low, sums.low, y);
+    return fma(part.zero, broadcast(total), y);
 }
 
 static inline void store_row(Floats y, const float* bias, float* out, int64_t first_row, int64_t out_features) {
@@ -109,10 +120,12 @@ static void linear_one_row(const Weight& weight, const Activations& x, int64_t r
     for (int64_t block = first; block < last; ++block) {
         BlockStreams streams(weight, block);
         const int8_t* q = row_q;
+        const float* step = x.step + row * weight.num_spans();
         Floats result = broadcast(0.0f);
         for (int64_t group = 0; group < groups; ++group) {
-            Ints high[2] = {zero_ints(), zero_ints()}, low[2] = {zero_ints(), zero_ints()};
+            GroupSums sums = GroupSums::zero();
             for (int64_t span = 0; span < spans; ++span) {
+                Ints high[2] = {zero_ints(), zero_ints()}, low[2] = {zero_ints(), zero_ints()};
                 dot_step<kBits, 0>(streams, q, high[0], low[0]);
                 dot_step<kBits, 1>(streams, q, high[1], low[1]);
                 dot_step<kBits, 2>(streams, q, high[0], low[0]);
@@ -121,12 +134,12 @@ static void linear_one_row(const Weight& weight, const Activations& x, int64_t r
                 dot_step<kBits, 5>(streams, q, high[1], low[1]);
                 dot_step<kBits, 6>(streams, q, high[0], low[0]);
                 dot_step<kBits, 7>(streams, q, high[1], low[1]);
+                sums.add_span<kBits>(add(high[0], high[1]), add(low[0], low[1]), *step++);
                 streams.next_span();
                 q += kSpanInputs;
             }
             const GroupPart part = GroupPart::load_group<kBits>(weight, (block * groups + group) * kBlockRows);
-            result = add_group<kBits>(result, part, add(high[0], high[1]), add(low[0], low[1]),
-                                      x.step[row * groups + group], x.total[row * groups + group]);
+            result = add_group<kBits>(result, part, sums, x.total[row * groups + group]);
         }
         store_row(result, bias, y + row * weight.out_features, block * kBlockRows, weight.out_features);
     }
@@ -161,28 +174,35 @@ static void decode_block(const Weight& weight, int64_t block, uint8_t* high, uin
 template <int kBits, int kRows>
 static void linear_tile(const Weight& weight, const Activations& x, int64_t row, const float* bias, float* y,
                         int64_t block, const uint8_t* high_codes, const uint8_t* low_codes) {
-    const int64_t groups = weight.num_groups(), steps = weight.group_size / 4, in_features = weight.in_features;
+    const int64_t groups = weight.num_groups(), spans = weight.num_spans(), in_features = weight.in_features;
+    const int64_t spans_per_group = weight.group_size / kSpanInputs;
     const int8_t* q = x.q + row * in_features;
+    const float* steps = x.step + row * spans;
     Floats results[kRows];
     for (int r = 0; r < kRows; ++r) results[r] = broadcast(0.0f);
     for (int64_t group = 0; group < groups; ++group) {
-        Ints high[kRows], low[kRows];
-        for (int r = 0; r < kRows; ++r) high[r] = low[r] = zero_ints();
-        for (int64_t step = 0; step < steps; ++step) {
-            const Bytes high_vector = load(high_codes);
-            for (int r = 0; r < kRows; ++r) high[r] = dot(high[r], high_vector, q + r * in_features);
-            if (kBits > 4) {
-                const Bytes low_vector = load(low_codes);
-                for (int r = 0; r < kRows; ++r) low[r] = dot(low[r], low_vector, q + r * in_features);
+        GroupSums sums[kRows];
+        for (int r = 0; r < kRows; ++r) sums[r] = GroupSums::zero();
+        for (int64_t span = 0; span < spans_per_group; ++span) {
+            Ints high[kRows], low[kRows];
+            for (int r = 0; r < kRows; ++r) high[r] = low[r] = zero_ints();
+            for (int step = 0; step < kSpanSteps; ++step) {
+                const Bytes high_vector = load(high_codes);
+                for (int r = 0; r < kRows; ++r) high[r] = dot(high[r], high_vector, q + r * in_features);
+                if (kBits > 4) {
+                    const Bytes low_vector = load(low_codes);
+                    for (int r = 0; r < kRows; ++r) low[r] = dot(low[r], low_vector, q + r * in_features);
+                }
+                high_codes += kLanes;
+                low_codes += kLanes;
+                q += 4;
             }
-            high_codes += kLanes;
-            low_codes += kLanes;
-            q += 4;
+            for (int r = 0; r < kRows; ++r) sums[r].template add_span<kBits>(high[r], low[r], steps[r * spans]);
+            ++steps;
         }
         const GroupPart part = GroupPart::load_group<kBits>(weight, (block * groups + group) * kBlockRows);
         for (int r = 0; r < kRows; ++r)
-            results[r] = add_group<kBits>(results[r], part, high[r], low[r], x.step[(row + r) * groups + group],
-                                          x.total[(row + r) * groups + group]);
+            results[r] = add_group<kBits>(results[r], part, sums[r], x.total[(row + r) * groups + group]);
     }
     for (int r = 0; r < kRows; ++r)
         store_row(results[r], bias, y + (row + r) * weight.out_features, block * kBlockRows, weight.out_features);
@@ -229,39 +249,42 @@ static void linear(const Weight& weight, const Activations& x, const Segment* se
         }
 }
 
+// One span; returns the sum of step * q.
+static inline float quantize_span(const float* values, int8_t* out, float* step) {
+    // The bits of magnitudes are in the order of the magnitudes, NaN above infinity above all numbers.
+    uint32_t largest = 0;
+    for (int i = 0; i < kSpanInputs; ++i) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, values + i, 4);
+        bits &= 0x7FFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    float magnitude;
+    __builtin_memcpy(&magnitude, &largest, 4);
+    if (!(magnitude <= 3.4e38f)) {  // NaN or infinite: so are all outputs of this row
+        for (int i = 0; i < kSpanInputs; ++i) out[i] = 0;
+        *step = __builtin_nanf("");
+        return *step;
+    }
+    const float inverse = magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
+    int32_t sum = 0;
+    for (int i = 0; i < kSpanInputs; ++i) {
+        // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        const int32_t rounded = (int32_t)((values[i] * inverse + 12582912.0f) - 12582912.0f);
+        out[i] = (int8_t)rounded;
+        sum += rounded;
+    }
+    *step = magnitude * (1.0f / 127.0f);
+    return *step * (float)sum;
+}
+
 static void quantize(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int8_t* q,
                      float* step, float* total) {
-    const int64_t groups = in_features / group_size;
-    for (int64_t index = first * groups; index < last * groups; ++index) {
-        const float* values = x + index * group_size;
-        int8_t* out = q + index * group_size;
-        // The bits of magnitudes are in the order of the magnitudes, NaN above infinity above all numbers.
-        uint32_t largest = 0;
-        for (int64_t i = 0; i < group_size; ++i) {
-            uint32_t bits;
-            __builtin_memcpy(&bits, values + i, 4);
-            bits &= 0x7FFFFFFF;
-            largest = bits > largest ? bits : largest;
-        }
-        float magnitude;
-        __builtin_memcpy(&magnitude, &largest, 4);
-        if (!(magnitude <= 3.4e38f)) {  // NaN or infinite: so are all outputs of this row
-            for (int64_t i = 0; i < group_size; ++i) out[i] = 0;
-            step[index] = __builtin_nanf("");
-            total[index] = 0.0f;
-            continue;
-        }
-        const float inverse = magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < group_size; ++i) {
-            // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-            const float scaled = values[i] * inverse;
-            const int32_t rounded = (int32_t)((scaled + 12582912.0f) - 12582912.0f);
-            const int32_t kept = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
-            out[i] = (int8_t)kept;
-            sum += kept;
-        }
-        step[index] = magnitude * (1.0f / 127.0f);
-        total[index] = (float)sum;
+    const int64_t spans_per_group = group_size / kSpanInputs, groups = in_features / group_size;
+    for (int64_t group = first * groups; group < last * groups; ++group) {
+        float sum = 0.0f;
+        for (int64_t span = group * spans_per_group; span < (group + 1) * spans_per_group; ++span)
+            sum += quantize_span(x + span * kSpanInputs, q + span * kSpanInputs, step + span);
+        total[group] = sum;
     }
 }

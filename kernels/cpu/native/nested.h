@@ -42,10 +42,11 @@ struct Weight {
     int64_t num_groups() const { return in_features / group_size; }
 };
 
-// Rows of activations: q is int8 [rows, in]; per (row, group) x = step * q, and total is the sum of q.
+// Rows of activations: q is int8 [rows, in]; per (row, span) x = step * q. A span is never larger than a group, so that an
+// outlier costs few others their precision. total is the sum of step * q over a group.
 struct Activations {
     const int8_t* q;
-    const float* step;   // [rows, groups]
+    const float* step;   // [rows, spans]
     const float* total;  // [rows, groups]
 };
 
@@ -56,16 +57,38 @@ struct Segment {
     int64_t last;
 };
 
-// What every instruction set implements; each gives the same bits.
+struct Model;
+struct Layer;
+struct Pages;
+struct Batch;
+struct AttentionGroup;
+
+// What every instruction set implements; each gives the same bits. "Rows" are first .. last-1 of a batch.
 struct Kernels {
     const char* name;
-    // Rows first .. last-1 of x [rows, in] to int8 with one step per group.
+    // Rows first .. last-1 of x [rows, in] to int8 with one step per span.
     void (*quantize)(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int8_t* q,
                      float* step, float* total);
     // Outputs of blocks first .. last-1 for all segments: y float32 [rows, out_features], plus bias unless null.
     // `scratch` holds 32 * in_features bytes, aligned to 64.
     void (*linear)(const Weight& weight, const Activations& x, const Segment* segments, int64_t num_segments,
                    const float* bias, float* y, int64_t first, int64_t last, uint8_t* scratch);
+    // out = x / sqrt(mean(x^2) + eps) * weight per row of `size` numbers, a multiple of 16; in place if out == x.
+    void (*rms_norm)(const float* x, const float* weight, int64_t first, int64_t last, int64_t size, float eps,
+                     float* out);
+    // Norms and rotates queries and keys of the fused projection [rows, heads + 2 kv_heads, head_dim] in place and
+    // writes keys and values to their pages.
+    void (*rotate_and_write)(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages, float* qkv,
+                             int64_t first, int64_t last);
+    // All new tokens first .. last-1 of one sequence and one key head against its pages; writes their part of
+    // out [rows, heads * head_dim]. `scratch` holds 2 * kPageTokens * head_dim floats and head_dim + 2 per query.
+    void (*attend)(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
+                   const AttentionGroup& group, int64_t seq, int64_t kv_head, int64_t first, int64_t last,
+                   const float* qkv, float* out, float* scratch);
+    // out [rows, size] = activation(gate) * up of the fused projection [rows, 2 size].
+    void (*gate)(int64_t activation, const float* gate_up, int64_t first, int64_t last, int64_t size, float* out);
+    // x += y, `count` numbers from index `first` on.
+    void (*add)(float* x, const float* y, int64_t first, int64_t last);
 };
 
 const Kernels* scalar_kernels();

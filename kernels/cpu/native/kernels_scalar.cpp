@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "nested.h"
+#include "model.h"
 
 namespace anybit {
 namespace {
@@ -82,12 +82,50 @@ inline Floats fma(Floats a, Floats b, Floats c) {
     return c;
 }
 
+inline Floats div(Floats a, Floats b) {
+    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] /= b.lanes[r];
+    return a;
+}
+inline Floats max(Floats a, Floats b) {
+    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] = a.lanes[r] > b.lanes[r] ? a.lanes[r] : b.lanes[r];
+    return a;
+}
+inline Floats min(Floats a, Floats b) {
+    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] = a.lanes[r] < b.lanes[r] ? a.lanes[r] : b.lanes[r];
+    return a;
+}
+inline float sum_lanes(Floats v) {
+    for (int half = kBlockRows / 2; half > 0; half /= 2)
+        for (int r = 0; r < half; ++r) v.lanes[r] += v.lanes[r + half];
+    return v.lanes[0];
+}
+// v * 2^n for whole numbers n that keep the result normal.
+inline Floats scaled_by_power(Floats v, Floats n) {
+    for (int r = 0; r < kBlockRows; ++r) {
+        int32_t bits;
+        __builtin_memcpy(&bits, &v.lanes[r], 4);
+        bits += (int32_t)n.lanes[r] << 23;
+        __builtin_memcpy(&v.lanes[r], &bits, 4);
+    }
+    return v;
+}
+inline Floats load_bf16(const uint16_t* from) {
+    Floats out;
+    for (int r = 0; r < kBlockRows; ++r) {
+        const uint32_t bits = (uint32_t)from[r] << 16;
+        __builtin_memcpy(&out.lanes[r], &bits, 4);
+    }
+    return out;
+}
+
 #include "linear_kernel.h"
+#include "layer_kernel.h"
 
 }  // namespace
 
 const Kernels* scalar_kernels() {
-    static const Kernels kernels = {"scalar", quantize, linear};
+    static const Kernels kernels = {"scalar", quantize, linear, rms_norm, rotate_and_write, attend,
+                                    gate, add_rows};
     return &kernels;
 }
 

@@ -1,6 +1,6 @@
 // AVX-512 without byte dot products: two instructions for one.
 
-#include "nested.h"
+#include "model.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,11 +19,13 @@ inline Ints dot(Ints sums, Bytes codes, const int8_t* q) {
 }
 
 #include "linear_kernel.h"
+#include "layer_kernel.h"
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels kernels = {"avx512", quantize, linear};
+    static const Kernels kernels = {"avx512", quantize, linear, rms_norm, rotate_and_write, attend,
+                                    gate, add_rows};
     return &kernels;
 }
 

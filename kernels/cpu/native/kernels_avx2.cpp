@@ -1,6 +1,6 @@
 // AVX2: a vector of 64 bytes is two registers.
 
-#include "nested.h"
+#include "model.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -70,12 +70,45 @@ inline Floats fma(Floats a, Floats b, Floats c) {
     return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
 
+inline Floats div(Floats a, Floats b) {
+    return {{_mm256_div_ps(a.half[0], b.half[0]), _mm256_div_ps(a.half[1], b.half[1])}};
+}
+inline Floats max(Floats a, Floats b) {
+    return {{_mm256_max_ps(a.half[0], b.half[0]), _mm256_max_ps(a.half[1], b.half[1])}};
+}
+inline Floats min(Floats a, Floats b) {
+    return {{_mm256_min_ps(a.half[0], b.half[0]), _mm256_min_ps(a.half[1], b.half[1])}};
+}
+inline float sum_lanes(Floats v) {
+    const __m256 eight = _mm256_add_ps(v.half[0], v.half[1]);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+inline Floats scaled_by_power(Floats v, Floats n) {
+    for (int h = 0; h < 2; ++h) {
+        const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n.half[h]), 23);
+        v.half[h] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v.half[h]), power));
+    }
+    return v;
+}
+inline Floats load_bf16(const uint16_t* from) {
+    Floats out;
+    for (int h = 0; h < 2; ++h) {
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + 8 * h)));
+        out.half[h] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    return out;
+}
+
 #include "linear_kernel.h"
+#include "layer_kernel.h"
 
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels kernels = {"avx2", quantize, linear};
+    static const Kernels kernels = {"avx2", quantize, linear, rms_norm, rotate_and_write, attend,
+                                    gate, add_rows};
     return &kernels;
 }
 

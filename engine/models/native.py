@@ -1,0 +1,97 @@
+"""The decoder's layers for the native CPU step, where there is one for their shape."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from anybit.engine.batch import BatchPlan
+from anybit.engine.layers.linear import Linear, NestedLinear
+from anybit.engine.layers.norm import RMSNorm
+from anybit.engine.models.config import DecoderConfig
+from anybit.kernels.cpu.packed import PackedWeight
+from anybit.kernels.cpu.stack import LayerStack, StackGroup, StackLayer, StackLinear, StackPages, StackShape
+from anybit.kvcache.pool import KVPool
+
+if TYPE_CHECKING:
+    from anybit.engine.models.decoder import DecoderLayer
+
+
+class NativeLayers:
+    """Runs all layers of a decoder in one native call."""
+
+    def __init__(self, stack: LayerStack, num_layers: int) -> None:
+        self._stack = stack
+        self._num_layers = num_layers
+        self._pages: WeakKeyDictionary[KVPool, object] = WeakKeyDictionary()
+
+    def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
+        """float32 [rows, hidden] -> the same tensor, after all layers."""
+        pages = self._pages.get(pool)
+        if pages is None:
+            layers = [StackPages(pool.keys(layer), pool.values(layer)) for layer in range(self._num_layers)]
+            pages = self._pages[pool] = self._stack.describe_pages(layers)
+        groups = [StackGroup(group.row_ids, group.block_tables) for group in plan.attention_groups]
+        return self._stack.run(
+            hidden,
+            plan.positions,
+            plan.page_ids,
+            plan.page_offsets,
+            plan.segments,
+            groups,
+            pages,  # type: ignore[arg-type]
+        )
+
+
+def native_layers(config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype) -> NativeLayers | None:
+    """None where a weight is not in the native order, or rows are not whole vectors."""
+    shape = StackShape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.activation,
+        config.rms_norm_eps,
+        config.attention_scale,
+        config.attention_softcap,
+    )
+    if not shape.is_supported or dtype != torch.float32:
+        return None
+    described = [_describe(config, index, layer) for index, layer in enumerate(layers)]
+    stack_layers = [layer for layer in described if layer is not None]
+    return NativeLayers(LayerStack(shape, stack_layers), len(layers)) if len(stack_layers) == len(layers) else None
+
+
+def _describe(config: DecoderConfig, index: int, layer: "DecoderLayer") -> StackLayer | None:
+    attention, mlp = layer.attention, layer.mlp
+    qkv, output, gate_up, down = map(_linear, (attention.qkv, attention.output, mlp.gate_up, mlp.down))
+    if qkv is None or output is None or gate_up is None or down is None:
+        return None
+    return StackLayer(
+        attention_norm=layer.attention_norm.weight,
+        mlp_norm=layer.mlp_norm.weight,
+        attention_output_norm=_weight(layer.attention_output_norm),
+        mlp_output_norm=_weight(layer.mlp_output_norm),
+        query_norm=_weight(attention.query_norm),
+        key_norm=_weight(attention.key_norm),
+        cosines=attention.rotary.cosines,
+        sines=attention.rotary.sines,
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
+        window=config.layers[index].sliding_window,
+    )
+
+
+def _linear(linear: Linear) -> StackLinear | None:
+    if isinstance(linear, NestedLinear) and isinstance(linear.weight, PackedWeight):
+        return StackLinear(linear.weight, linear.bias)
+    return None
+
+
+def _weight(norm: RMSNorm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
