@@ -45,8 +45,8 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     started = time.monotonic()
     config.check()
     keep_freed_memory()
-    use_threads(config.threads or physical_cores())
     device = resolve_device(config.device)
+    use_threads(config.threads or physical_cores(), device)
     if config.reproducible and device.type != "cpu":
         raise ConfigError("Reproducible results are not available on a GPU yet; use --fast or --device cpu.")
     directory = Path(config.checkpoint)

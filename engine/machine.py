@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from anybit.engine.config import ConfigError
-from anybit.kernels.cpu.library import selected_instruction_set, set_threads
+from anybit.kernels.cpu.library import get_threads, selected_instruction_set, set_threads
 
 _KEPT_BYTES = 256 << 20
 
@@ -22,9 +22,13 @@ def physical_cores() -> int:
     return max(1, len(siblings))
 
 
-def use_threads(count: int) -> None:
-    """Compute with `count` threads, in PyTorch and in the native kernels."""
-    torch.set_num_threads(count)
+def use_threads(count: int, device: torch.device) -> None:
+    """Compute with `count` threads.
+
+    Where the native kernels do the work, PyTorch gets one: its idle threads would spin on the cores that those need.
+    """
+    native = device.type == "cpu" and selected_instruction_set() is not None
+    torch.set_num_threads(1 if native else count)
     set_threads(count)
 
 
@@ -52,7 +56,7 @@ def resolve_device(name: str) -> torch.device:
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads, {selected_instruction_set() or 'portable kernels'})"
+    return f"cpu ({get_threads() or torch.get_num_threads()} threads, {selected_instruction_set() or 'portable kernels'})"
 
 
 def free_bytes(device: torch.device) -> int:

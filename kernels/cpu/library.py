@@ -57,6 +57,7 @@ def library() -> ctypes.CDLL | None:
         "anybit_available": (ctypes.c_char_p, [ctypes.c_int]),
         "anybit_selected": (ctypes.c_char_p, []),
         "anybit_select": (ctypes.c_int, [ctypes.c_char_p]),
+        "anybit_get_threads": (ctypes.c_int, []),
         "anybit_set_threads": (None, [ctypes.c_int]),
         "anybit_pack_chunk": (None, [pointer, integer, integer, ctypes.c_int, integer, pointer]),
         "anybit_pack_part": (None, [pointer, integer, integer, integer, integer, pointer]),
@@ -91,6 +92,11 @@ def select_instruction_set(name: str) -> None:
     native = library()
     if native is None or native.anybit_select(name.encode()) != 0:
         raise ValueError(f"The instruction set {name!r} does not run here.")
+
+
+def get_threads() -> int | None:
+    native = library()
+    return None if native is None else int(native.anybit_get_threads())
 
 
 def set_threads(count: int) -> None:

@@ -61,19 +61,19 @@ def assert_same(one, other):
 def test_loaded_weights_are_what_the_method_made(tiny_source, tiny_checkpoint, prefixes):
     source = HuggingFaceSource(tiny_source)
     weight = torch.cat([source.tensor(f"{prefix}.weight") for prefix in prefixes])
-    loaded = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8).linear(prefixes, bias=False).weight
+    loaded = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False).linear(prefixes, bias=False).weight
     assert_same(loaded, quantize_rtn(weight, layout.auto_group_size(weight.shape[1]), WIDTHS))
 
 
 def test_vocabulary_is_loaded_at_its_own_width_only(tiny_source, tiny_checkpoint):
     table = HuggingFaceSource(tiny_source).tensor("model.embed_tokens.weight")
-    loaded = NestedLoader(CheckpointReader(tiny_checkpoint), (2,), 4).vocabulary("model.embed_tokens")
+    loaded = NestedLoader(CheckpointReader(tiny_checkpoint), (2,), 4, native=False).vocabulary("model.embed_tokens")
     assert_same(loaded.weight, quantize_rtn(table, 64, (4,)))
     assert torch.equal(loaded.embed(torch.tensor([3, 511])), dequantize(loaded.weight, 4)[[3, 511]])
 
 
 def test_vectors_are_kept_as_floats(tiny_source, tiny_checkpoint):
-    loader = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8)
+    loader = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False)
     norm = loader.vector("model.norm.weight")
     assert norm.dtype == torch.float32
     assert torch.equal(norm, HuggingFaceSource(tiny_source).tensor("model.norm.weight"))
@@ -92,7 +92,7 @@ def test_biases_are_kept_as_floats_and_stacked(tmp_path):
     [((2,), 1), ((2, 3), 2), ((3,), 2), ((2, 3, 4), 3), ((6,), 4), ((2, 6), 4), ((8,), 5), (WIDTHS, 5)],
 )
 def test_loading_some_widths_keeps_only_their_streams(tiny_checkpoint, widths, streams):
-    loader = NestedLoader(CheckpointReader(tiny_checkpoint), widths, 8)
+    loader = NestedLoader(CheckpointReader(tiny_checkpoint), widths, 8, native=False)
     weight = loader.linear(DOWN, bias=False).weight
     assert list(weight.chunks) == ["c2", "c3", "c4", "c6", "c8"][:streams]
     # 64 · 96 weights in groups of 32; the float parts of 4 bits come along for s_4.
@@ -106,14 +106,14 @@ def test_loading_four_bits_needs_no_stream_of_the_low_nibble(checkpoint_copy):
     with safe_open(shard, framework="pt") as file:
         kept = {name: file.get_tensor(name) for name in file.keys() if not name.endswith((".c6", ".c8"))}  # noqa: SIM118
     save_file(kept, shard)
-    loaded = NestedLoader(CheckpointReader(checkpoint_copy), (2, 3, 4), 4).linear(QKV, bias=False)
+    loaded = NestedLoader(CheckpointReader(checkpoint_copy), (2, 3, 4), 4, native=False).linear(QKV, bias=False)
     assert loaded.weight.bit_widths == (2, 3, 4)
 
 
 @pytest.mark.parametrize("widths", [(2,), (4,), (2, 3, 4), (6,), (8,), WIDTHS])
 def test_accounting_agrees_with_the_loaded_weights(tiny_checkpoint, widths):
     reader = CheckpointReader(tiny_checkpoint)
-    loader = NestedLoader(reader, widths, 6)
+    loader = NestedLoader(reader, widths, 6, native=False)
     decoder = decoder_of(json.loads((tiny_checkpoint / "config.json").read_text()), loader)
     linears = [
         linear.weight
@@ -191,13 +191,13 @@ def test_several_shards_hold_the_same_checkpoint(tiny_source, tiny_checkpoint, t
     assert len(shards) > 2
     assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     verify_files(tmp_path, read_manifest(tmp_path))
-    one, many = (NestedLoader(CheckpointReader(path), WIDTHS, 8) for path in (tiny_checkpoint, tmp_path))
+    one, many = (NestedLoader(CheckpointReader(path), WIDTHS, 8, native=False) for path in (tiny_checkpoint, tmp_path))
     assert_same(one.linear(QKV, bias=False).weight, many.linear(QKV, bias=False).weight)
 
 
 def test_describe_checkpoint_counts_what_serving_all_widths_takes(tiny_checkpoint):
     described = describe_checkpoint(tiny_checkpoint)
-    loader = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8)
+    loader = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False)
     decoder_of(json.loads((tiny_checkpoint / "config.json").read_text()), loader)
     assert described["resident_bytes"] == loader.resident_bytes["linear"] + loader.resident_bytes["embedding"]
     assert [row["bit_width"] for row in described["widths"]] == list(WIDTHS)
@@ -232,7 +232,7 @@ def test_source_that_lacks_a_weight_is_refused(tmp_path):
 def test_weights_of_rows_that_cannot_be_stacked_are_refused_in_a_sentence(tmp_path):
     reader = make_checkpoint(tiny_llama(num_attention_heads=8, head_dim=12, num_key_value_heads=1), tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        NestedLoader(reader, WIDTHS, 8).linear(QKV, bias=False)
+        NestedLoader(reader, WIDTHS, 8, native=False).linear(QKV, bias=False)
     assert_one_sentence(caught.value, "multiples of 8")
 
 
@@ -240,7 +240,7 @@ def test_fused_weights_of_unlike_range_can_be_served(tmp_path):
     model = tiny_llama()
     model.model.layers[1].self_attn.v_proj.weight.data *= 1e-3
     reader = make_checkpoint(model, tmp_path)
-    weight = NestedLoader(reader, WIDTHS, 8).linear(QKV, bias=False).weight
+    weight = NestedLoader(reader, WIDTHS, 8, native=False).linear(QKV, bias=False).weight
     attention = model.model.layers[1].self_attn
     value = attention.v_proj.weight
     error = (dequantize(weight, 8)[-value.shape[0] :] - value).square().sum() / value.square().sum()

@@ -36,6 +36,14 @@ def long_request(name="long"):
     return make_request(name, PROMPT, 470)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def slow_engines():
+    """Portable kernels: natively the tiny model would be done before anybody could stop, kill or drain it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANYBIT_CPU_KERNELS", "none")
+        yield
+
+
 @pytest.fixture(scope="module")
 def loop() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as runner:
@@ -120,7 +128,7 @@ def test_engine_says_what_it_serves(engine):
 
 def test_engine_gives_every_width_the_answer_of_a_core_in_this_process(loop, engine, tiny_checkpoint):
     config = json.loads((tiny_checkpoint / "config.json").read_text())
-    decoder = decoder_of(config, NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8))
+    decoder = decoder_of(config, NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False))
     requests = [
         make_request(f"{width}-{seed}", PROMPT, 8, width, temperature=seed * 1.0, seed=seed)
         for width in WIDTHS

@@ -70,8 +70,8 @@ def merged(dictionaries: Iterable[dict]) -> dict:
     return {key: value for dictionary in dictionaries for key, value in dictionary.items()}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+@pytest.fixture(scope="module", params=[True, False], ids=["native", "portable"])
+def model(request, tmp_path_factory):
     llama = tiny_llama(
         hidden_size=320,
         intermediate_size=160,
@@ -85,9 +85,13 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     quantize(source, directory, QuantizeOptions())
     config = json.loads((directory / "config.json").read_text())
-    decoder = decoder_of(config, NestedLoader(CheckpointReader(directory), BIT_WIDTHS, 8))
-    decoder.embedding.weight.affine[8].zero[:, POISON] = torch.nan
-    return Model(decoder)
+    reader = CheckpointReader(directory)
+    decoder = decoder_of(config, NestedLoader(reader, BIT_WIDTHS, 8, native=request.param))
+    if request.param and decoder.native is None:
+        pytest.skip("the native kernels were not built")
+    embedding = NestedLoader(reader, BIT_WIDTHS, 8, native=False).vocabulary("model.embed_tokens")
+    embedding.weight.affine[8].zero[:, POISON] = torch.nan
+    return Model(replace(decoder, embedding=embedding))
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,8 @@ int anybit_select(const char* name) {
 
 const char* anybit_selected() { return kernels().name; }
 
+int anybit_get_threads() { return Workers::instance().size(); }
+
 void anybit_set_threads(int count) {
     std::lock_guard<std::mutex> lock(in_use);
     Workers::instance().resize(count);

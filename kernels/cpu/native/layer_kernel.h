@@ -103,6 +103,19 @@ struct QueryState {
     float largest, sum;
 };
 
+// total = total * rescale + sum over tokens of weight * value, for kVectors vectors of the head.
+template <int kVectors>
+static inline void add_values(const float* weights, const float* values, int64_t begin, int64_t end, int64_t dim,
+                              float rescale, float* total) {
+    Floats part[kVectors];
+    for (int v = 0; v < kVectors; ++v) part[v] = mul(load_floats(total + v * kBlockRows), broadcast(rescale));
+    for (int64_t token = begin; token < end; ++token) {
+        const Floats weight = broadcast(weights[token]);
+        for (int v = 0; v < kVectors; ++v) part[v] = fma(weight, load_floats(values + token * dim + v * kBlockRows), part[v]);
+    }
+    for (int v = 0; v < kVectors; ++v) store_floats(total + v * kBlockRows, part[v]);
+}
+
 // One query against the tokens begin .. end-1 of a page.
 static inline void attend_page(const float* q, const float* keys, const float* values, int64_t begin, int64_t end,
                                int64_t dim, float scale, float softcap, QueryState& state, float* total) {
@@ -139,17 +152,10 @@ static inline void attend_page(const float* q, const float* keys, const float* v
     for (int64_t token = 0; token < kPageTokens; token += kBlockRows) sums = add(sums, load_floats(scores + token));
     state.sum = state.sum * rescale[0] + sum_lanes(sums);
     state.largest = now;
-    for (int64_t d = 0; d < dim; d += 4 * kBlockRows) {
-        const int64_t lanes = dim - d < 4 * kBlockRows ? (dim - d) / kBlockRows : 4;
-        Floats part[4];
-        for (int64_t l = 0; l < lanes; ++l) part[l] = mul(load_floats(total + d + l * kBlockRows), broadcast(rescale[0]));
-        for (int64_t token = begin; token < end; ++token) {
-            const Floats weight = broadcast(scores[token]);
-            for (int64_t l = 0; l < lanes; ++l)
-                part[l] = fma(weight, load_floats(values + token * dim + d + l * kBlockRows), part[l]);
-        }
-        for (int64_t l = 0; l < lanes; ++l) store_floats(total + d + l * kBlockRows, part[l]);
-    }
+    int64_t d = 0;
+    for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
+        add_values<4>(scores, values + d, begin, end, dim, rescale[0], total + d);
+    for (; d < dim; d += kBlockRows) add_values<1>(scores, values + d, begin, end, dim, rescale[0], total + d);
 }
 
 static void attend(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
