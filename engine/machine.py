@@ -56,7 +56,9 @@ def resolve_device(name: str) -> torch.device:
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu ({get_threads() or torch.get_num_threads()} threads, {selected_instruction_set() or 'portable kernels'})"
+    return (
+        f"cpu ({get_threads() or torch.get_num_threads()} threads, {selected_instruction_set() or 'portable kernels'})"
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -61,7 +61,9 @@ def assert_same(one, other):
 def test_loaded_weights_are_what_the_method_made(tiny_source, tiny_checkpoint, prefixes):
     source = HuggingFaceSource(tiny_source)
     weight = torch.cat([source.tensor(f"{prefix}.weight") for prefix in prefixes])
-    loaded = NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False).linear(prefixes, bias=False).weight
+    loaded = (
+        NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False).linear(prefixes, bias=False).weight
+    )
     assert_same(loaded, quantize_rtn(weight, layout.auto_group_size(weight.shape[1]), WIDTHS))
 
 

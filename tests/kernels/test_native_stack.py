@@ -13,16 +13,16 @@ from anybit.engine.weights.loader import NestedLoader
 from anybit.kernels.cpu import library
 from anybit.kernels.layout import BIT_WIDTHS
 from tests.fixtures.engine import cached_logits
-from tests.fixtures.tiny_families import VARIANTS, save_family
-from tests.fixtures.tiny_llama import decoder_of
+from tests.fixtures.tiny_families import FAMILIES, tiny_family
+from tests.fixtures.tiny_llama import decoder_of, save_llama
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the native kernels were not built")
 TOKENS = torch.randint(4, 500, (150,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
 def decoder(request, tmp_path_factory):
-    source = HuggingFaceSource(save_family(request.param, tmp_path_factory.mktemp("family")))
+    source = HuggingFaceSource(save_llama(tiny_family(*request.param), tmp_path_factory.mktemp("family")))
     directory = tmp_path_factory.mktemp("checkpoint")
     quantize(source, directory, QuantizeOptions())
     config = json.loads((directory / "config.json").read_text())
@@ -39,8 +39,11 @@ def test_native_layers_compute_what_the_layers_one_by_one_do(decoder):
     one_by_one = replace(decoder, native=None)  # the same linears, everything else portable
     for kv_format in ("float32", "bf16"):
         native, portable = (torch.log_softmax(logits(d, 8, kv_format), -1) for d in (decoder, one_by_one))
-        # Differences are rounding, which a quantized activation may turn into one of its steps.
-        assert (native - portable).abs().mean() < 0.01
+        difference = (native - portable).abs().mean(1)
+        # What rounds otherwise may turn a quantized activation, or a bf16 key, into its neighbour. That is rare, but shows in
+        # all tokens after it; the first token has nothing before it.
+        assert difference[0] < 1e-5
+        assert difference.mean() < 0.03  # int8 activations themselves cost 0.03 to 0.08 on these models
         assert (native.argmax(-1) == portable.argmax(-1)).float().mean() > 0.95
 
 
