@@ -40,7 +40,7 @@ def test_native_layers_compute_what_the_layers_one_by_one_do(decoder):
     for kv_format in ("float32", "bf16"):
         native, portable = (torch.log_softmax(logits(d, 8, kv_format), -1) for d in (decoder, one_by_one))
         difference = (native - portable).abs().mean(1)
-        # What rounds otherwise may turn a quantized activation, or a bf16 key, into its neighbour. That is rare, but shows in
+        # What rounds otherwise may turn a quantized activation, or a bf16 key, into its neighbour: rare, but it shows in
         # all tokens after it; the first token has nothing before it.
         assert difference[0] < 1e-5
         assert difference.mean() < 0.03  # int8 activations themselves cost 0.03 to 0.08 on these models
