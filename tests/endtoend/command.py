@@ -27,7 +27,8 @@ def run_anybit(*arguments: str | Path, cache: Path, timeout: float = 300) -> sub
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "ANYBIT_CACHE_DIR": str(cache), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "ANYBIT_CPU_KERNELS"}
+    return {**inherited, "ANYBIT_CACHE_DIR": str(cache), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
 
 class ServeCommand:
