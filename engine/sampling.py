@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.types import SamplingParams
+from anybit.kernels import dispatch
 
 
 def sample(logits: Tensor, params: ReadOnly[SamplingParams], num_generated: ReadOnly[int]) -> list[int | None]:
@@ -16,14 +17,14 @@ def sample(logits: Tensor, params: ReadOnly[SamplingParams], num_generated: Read
 
     logits float32 [rows, vocab]; `num_generated[i]` tokens were drawn for row i before.
     """
-    greedy = logits.argmax(-1).tolist()
-    finite = torch.isfinite(logits).all(-1).tolist()
     tokens: list[int | None] = []
-    for row, (param, count) in enumerate(zip(params, num_generated, strict=True)):
-        if not finite[row]:
+    for row, (likeliest, param, count) in enumerate(
+        zip(dispatch.greedy(logits).tolist(), params, num_generated, strict=True)
+    ):
+        if likeliest < 0:
             tokens.append(None)
         elif param.temperature == 0 or param.top_k == 1:
-            tokens.append(int(greedy[row]))
+            tokens.append(likeliest)
         else:
             tokens.append(_draw(logits[row], param, _uniform(param.seed, count)))
     return tokens

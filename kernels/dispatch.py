@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.cpu import packed as cpu
+from anybit.kernels.cpu.library import is_native
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable import attention as portable_attention
 from anybit.kernels.portable import elementwise
+from anybit.kernels.portable import greedy as portable_greedy
 from anybit.kernels.portable import linear as portable_linear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": elementwise.silu, "gelu_tanh": elementwise.gelu_tanh}
@@ -63,6 +65,13 @@ def paged_attention(
     return portable_attention.paged_attention(
         q, k_pages, v_pages, block_tables, positions, scale, window=window, softcap=softcap
     )
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """Per row the index of the largest logit, or −1 where one is not finite: float32 [rows, vocab] -> int64 [rows]."""
+    if logits.device.type == "cpu" and is_native():
+        return cpu.greedy(logits)
+    return portable_greedy.greedy(logits)
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

@@ -65,6 +65,8 @@ def library() -> ctypes.CDLL | None:
         "anybit_linear": (None, [pointer, pointer, integer, pointer, integer, pointer, pointer]),
         "anybit_stack": (None, [pointer, pointer, pointer, pointer]),
         "anybit_embedding": (None, [pointer, integer, pointer, integer, pointer]),
+        "anybit_greedy": (None, [pointer, integer, integer, pointer]),
+        "anybit_read": (ctypes.c_uint64, [pointer, integer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(native, name)
@@ -72,6 +74,11 @@ def library() -> ctypes.CDLL | None:
     if wanted != "auto" and native.anybit_select(wanted.encode()) != 0:
         logger.warning("%s asks for %r, which does not run here; the best instruction set is used.", VARIABLE, wanted)
     return native
+
+
+def is_native() -> bool:
+    """Whether the compiled kernels are used."""
+    return library() is not None
 
 
 def instruction_sets() -> list[str]:

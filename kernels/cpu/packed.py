@@ -60,7 +60,7 @@ def pack(weight: NestedWeight) -> PackedWeight:
             packed = torch.empty(size, dtype=torch.uint8)
             canonical = weight.chunks[chunk.name].contiguous()
             native.anybit_pack_chunk(
-                canonical.data_ptr(), stored_rows, weight.in_features, chunk.bits, blocks, packed.data_ptr()
+                canonical.data_ptr(), stored_rows, weight.in_features, index, blocks, packed.data_ptr()
             )
             descriptor.chunks[index] = packed.data_ptr()
             tensors.append(packed)
@@ -110,6 +110,14 @@ def embedding(token_ids: Tensor, weight: PackedWeight, bit_width: int) -> Tensor
     ids = token_ids.contiguous()
     out = torch.empty(ids.numel(), weight.in_features)
     _library().anybit_embedding(ctypes.byref(weight.descriptor), bit_width, ids.data_ptr(), ids.numel(), out.data_ptr())
+    return out
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """Per row the index of the largest logit, or −1 where one is not finite: float32 [rows, vocab] -> int64 [rows]."""
+    logits = logits.contiguous()
+    out = torch.empty(logits.shape[0], dtype=torch.int64)
+    _library().anybit_greedy(logits.data_ptr(), *logits.shape, out.data_ptr())
     return out
 
 

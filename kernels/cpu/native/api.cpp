@@ -2,6 +2,7 @@
 
 #include <Python.h>
 
+#include <atomic>
 #include <cstring>
 #include <mutex>
 
@@ -19,6 +20,9 @@ bool runs_here(const Kernels* kernels) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (kernels == avx2_kernels()) return avx2;
+#if !defined(__clang__) || __clang_major__ >= 19
+    if (kernels == avx2_vnni_kernels()) return avx2 && __builtin_cpu_supports("avxvnni");
+#endif
     if (kernels == avx512_kernels()) return avx512;
     if (kernels == avx512_vnni_kernels()) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
@@ -30,11 +34,12 @@ const Kernels* candidate(int index) {
     switch (index) {
         case 0: return avx512_vnni_kernels();
         case 1: return avx512_kernels();
-        case 2: return avx2_kernels();
+        case 2: return avx2_vnni_kernels();
+        case 3: return avx2_kernels();
         default: return scalar_kernels();
     }
 }
-constexpr int kNumCandidates = 4;
+constexpr int kNumCandidates = 5;
 
 const Kernels* selected = nullptr;
 std::mutex in_use;  // one operation at a time: they share the threads and the workspace
@@ -81,12 +86,11 @@ void anybit_set_threads(int count) {
     Workers::instance().resize(count);
 }
 
-void anybit_pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int bits, int64_t blocks,
+void anybit_pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int chunk, int64_t blocks,
                        uint8_t* packed) {
     std::lock_guard<std::mutex> lock(in_use);
-    Workers::instance().each([&](int index, int threads) {
-        pack_chunk(canonical, stored_rows, in_features, bits, packed, share(blocks, index, threads),
-                   share(blocks, index + 1, threads));
+    Workers::instance().each([&](Team& team) {
+        pack_chunk(canonical, stored_rows, in_features, chunk, packed, team.first(blocks), team.last(blocks));
     });
 }
 
@@ -110,8 +114,45 @@ void anybit_stack(const Model* model, const Batch* batch, const Pages* pages, fl
 
 // out [count, in]: rows of the weight as floats.
 void anybit_embedding(const Weight* weight, int64_t bit_width, const int64_t* rows, int64_t count, float* out) {
-    for (int64_t index = 0; index < count; ++index)
-        decode_row(*weight, bit_width, rows[index], out + index * weight->in_features);
+    std::lock_guard<std::mutex> lock(in_use);
+    Workers::instance().each([&](Team& team) {
+        for (int64_t index = team.first(count); index < team.last(count); ++index)
+            decode_row(*weight, bit_width, rows[index], out + index * weight->in_features);
+    });
+}
+
+// Of each of `rows` rows of logits [rows, count] the index of the largest, or -1 if a number is not finite.
+void anybit_greedy(const float* logits, int64_t rows, int64_t count, int64_t* out) {
+    std::lock_guard<std::mutex> lock(in_use);
+    const int threads = Workers::instance().size();
+    Likeliest* parts = workspace.likeliest.array<Likeliest>(rows * threads);
+    Workers::instance().each([&](Team& team) {
+        for (int64_t row = 0; row < rows; ++row)
+            parts[row * threads + team.index()] =
+                kernels().greedy(logits + row * count, team.first(count), team.last(count));
+    });
+    for (int64_t row = 0; row < rows; ++row) {
+        Likeliest best = parts[row * threads];
+        for (int thread = 1; thread < threads; ++thread) {
+            const Likeliest& other = parts[row * threads + thread];
+            if (best.index >= 0 && (other.index < 0 || other.logit > best.logit)) best = other;
+        }
+        out[row] = best.index;
+    }
+}
+
+// Reads `bytes` bytes at `from` once on all threads; returns their sum, so that nothing is left out.
+uint64_t anybit_read(const uint64_t* from, int64_t bytes) {
+    std::lock_guard<std::mutex> lock(in_use);
+    std::atomic<uint64_t> sum{0};
+    Workers::instance().each([&](Team& team) {
+        uint64_t own[8] = {};
+        const int64_t words = bytes / 8, last = team.last(words);
+        for (int64_t word = team.first(words); word + 8 <= last; word += 8)
+            for (int lane = 0; lane < 8; ++lane) own[lane] += from[word + lane];
+        for (uint64_t lane : own) sum.fetch_add(lane);
+    });
+    return sum.load();
 }
 
 static struct PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr,

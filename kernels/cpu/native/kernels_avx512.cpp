@@ -1,4 +1,4 @@
-// AVX-512 without byte dot products: two instructions for one.
+// AVX-512 without byte dot products: products of bytes are summed in 16 bits over a span, then in 32.
 
 #include "model.h"
 
@@ -12,20 +12,36 @@ namespace {
 
 #include "avx512_vectors.h"
 
-inline Ints dot(Ints sums, Bytes codes, const int8_t* q) {
-    // Codes are at most 15, so a pair of products stays far below the limits of int16.
-    const __m512i pairs = _mm512_maddubs_epi16(codes.v, broadcast_four(q));
-    return {_mm512_add_epi32(sums.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+struct Halves { __m512i lower, upper; };
+inline Halves split(Bytes v, uint8_t mask) { return {masked(v, mask).v, masked(shifted(v, 4), mask).v}; }
+
+// Codes are at most 15 and digits at most 127: the pairs of products of a span's eight steps stay below 2^15.
+struct StepSums { __m512i narrow, wide; };
+inline StepSums zero_step_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline void dot_step(StepSums& sums, Bytes codes, Fours digits) {
+    sums.narrow = _mm512_add_epi16(sums.narrow, _mm512_maddubs_epi16(codes.v, digits));
+}
+inline void end_span(StepSums& sums) {
+    sums.wide = _mm512_add_epi32(sums.wide, _mm512_madd_epi16(sums.narrow, _mm512_set1_epi16(1)));
+    sums.narrow = _mm512_setzero_si512();
+}
+inline Ints total(const StepSums& sums) { return {sums.wide}; }
+
+using PairSums = StepSums;
+inline PairSums zero_pair_sums() { return zero_step_sums(); }
+inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
+    dot_step(sums, {codes.lower}, load_four(digits));
+    dot_step(sums, {codes.upper}, load_four(digits + 4));
 }
 
 #include "linear_kernel.h"
 #include "layer_kernel.h"
+#include "kernels_table.h"
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels kernels = {"avx512", quantize, linear, rms_norm, rotate_and_write, attend,
-                                    gate, add_rows};
+    static const Kernels kernels = table("avx512");
     return &kernels;
 }
 

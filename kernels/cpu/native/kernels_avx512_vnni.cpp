@@ -12,18 +12,33 @@ namespace {
 
 #include "avx512_vectors.h"
 
-inline Ints dot(Ints sums, Bytes codes, const int8_t* q) {
-    return {_mm512_dpbusd_epi32(sums.v, codes.v, broadcast_four(q))};
+// The upper nibbles stay where they are, as codes 16 times too large with sums of their own.
+struct Halves { __m512i lower, upper; };
+inline Halves split(Bytes v, uint8_t mask) { return {masked(v, mask).v, masked(v, (uint8_t)(mask << 4)).v}; }
+
+struct PairSums { __m512i lower, upper; };
+inline PairSums zero_pair_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
+    sums.lower = _mm512_dpbusd_epi32(sums.lower, codes.lower, load_four(digits));
+    sums.upper = _mm512_dpbusd_epi32(sums.upper, codes.upper, load_four(digits + 4));
 }
+inline void end_span(PairSums&) {}
+inline Ints total(const PairSums& sums) { return {_mm512_add_epi32(sums.lower, _mm512_srai_epi32(sums.upper, 4))}; }
+
+struct StepSums { __m512i v; };
+inline StepSums zero_step_sums() { return {_mm512_setzero_si512()}; }
+inline void dot_step(StepSums& sums, Bytes codes, Fours digits) { sums.v = _mm512_dpbusd_epi32(sums.v, codes.v, digits); }
+inline void end_span(StepSums&) {}
+inline Ints total(const StepSums& sums) { return {sums.v}; }
 
 #include "linear_kernel.h"
 #include "layer_kernel.h"
+#include "kernels_table.h"
 
 }  // namespace
 
 const Kernels* avx512_vnni_kernels() {
-    static const Kernels kernels = {"avx512_vnni", quantize, linear, rms_norm, rotate_and_write, attend,
-                                    gate, add_rows};
+    static const Kernels kernels = table("avx512_vnni");
     return &kernels;
 }
 

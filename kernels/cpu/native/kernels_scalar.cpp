@@ -10,7 +10,7 @@ namespace {
 struct Bytes { uint8_t lanes[kLanes]; };
 struct Ints { int32_t lanes[kBlockRows]; };
 struct Floats { float lanes[kBlockRows]; };
-constexpr int kRowTile = 4;
+constexpr int kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
 
 inline Bytes load(const uint8_t* from) {
     Bytes v;
@@ -26,18 +26,32 @@ inline Bytes masked(Bytes v, uint8_t mask) {
     for (uint8_t& lane : v.lanes) lane &= mask;
     return v;
 }
-inline Bytes merge(Bytes v, uint8_t mask, Bytes w) {
-    for (int l = 0; l < kLanes; ++l) w.lanes[l] |= v.lanes[l] & mask;
+inline Bytes select(uint8_t mask, Bytes v, Bytes w) {
+    for (int l = 0; l < kLanes; ++l) w.lanes[l] = (uint8_t)((mask & v.lanes[l]) | (~mask & w.lanes[l]));
     return w;
 }
-inline Ints zero_ints() { return Ints{}; }
-inline Ints add(Ints a, Ints b) {
-    for (int r = 0; r < kBlockRows; ++r) a.lanes[r] += b.lanes[r];
-    return a;
+inline Ints joined(Ints high, Ints low) {
+    for (int r = 0; r < kBlockRows; ++r) low.lanes[r] += high.lanes[r] * 128;
+    return low;
 }
-inline Ints dot(Ints sums, Bytes codes, const int8_t* q) {
-    for (int l = 0; l < kLanes; ++l) sums.lanes[l / 4] += codes.lanes[l] * q[l % 4];
-    return sums;
+using Fours = const int8_t*;
+inline Fours load_four(const int8_t* digits) { return digits; }
+struct Halves { Bytes lower, upper; };
+inline Halves split(Bytes v, uint8_t mask) { return {masked(v, mask), masked(shifted(v, 4), mask)}; }
+
+using StepSums = Ints;
+inline StepSums zero_step_sums() { return Ints{}; }
+inline void dot_step(StepSums& sums, Bytes codes, Fours digits) {
+    for (int l = 0; l < kLanes; ++l) sums.lanes[l / 4] += codes.lanes[l] * digits[l % 4];
+}
+inline void end_span(StepSums&) {}
+inline Ints total(const StepSums& sums) { return sums; }
+
+using PairSums = StepSums;
+inline PairSums zero_pair_sums() { return Ints{}; }
+inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
+    dot_step(sums, codes.lower, digits);
+    dot_step(sums, codes.upper, digits + 4);
 }
 inline Floats from(Ints v) {
     Floats out;
@@ -94,10 +108,26 @@ inline Floats min(Floats a, Floats b) {
     for (int r = 0; r < kBlockRows; ++r) a.lanes[r] = a.lanes[r] < b.lanes[r] ? a.lanes[r] : b.lanes[r];
     return a;
 }
+// v where x >= limit, else 0.
+inline Floats zero_below(Floats x, float limit, Floats v) {
+    for (int r = 0; r < kBlockRows; ++r) v.lanes[r] = x.lanes[r] >= limit ? v.lanes[r] : 0.0f;
+    return v;
+}
+inline float first_lane(Floats v) { return v.lanes[0]; }
+inline float max_lanes(Floats v) {
+    float largest = v.lanes[0];
+    for (float lane : v.lanes) largest = lane > largest ? lane : largest;
+    return largest;
+}
 inline float sum_lanes(Floats v) {
     for (int half = kBlockRows / 2; half > 0; half /= 2)
         for (int r = 0; r < half; ++r) v.lanes[r] += v.lanes[r + half];
     return v.lanes[0];
+}
+inline Floats sum_lanes_of_each(const Floats* v) {
+    Floats out;
+    for (int i = 0; i < kBlockRows; ++i) out.lanes[i] = sum_lanes(v[i]);
+    return out;
 }
 // v * 2^n for whole numbers n that keep the result normal.
 inline Floats scaled_by_power(Floats v, Floats n) {
@@ -120,12 +150,12 @@ inline Floats load_bf16(const uint16_t* from) {
 
 #include "linear_kernel.h"
 #include "layer_kernel.h"
+#include "kernels_table.h"
 
 }  // namespace
 
 const Kernels* scalar_kernels() {
-    static const Kernels kernels = {"scalar", quantize, linear, rms_norm, rotate_and_write, attend,
-                                    gate, add_rows};
+    static const Kernels kernels = table("scalar");
     return &kernels;
 }
 

@@ -20,14 +20,6 @@ static inline Floats exp_floats(Floats x) {
     return scaled_by_power(p, n);
 }
 
-static inline float max_lanes(Floats v) {
-    float lanes[kBlockRows];
-    store_floats(lanes, v);
-    float largest = lanes[0];
-    for (int lane = 1; lane < kBlockRows; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
-    return largest;
-}
-
 static void rms_norm(const float* x, const float* weight, int64_t first, int64_t last, int64_t size, float eps,
                      float* out) {
     for (int64_t row = first; row < last; ++row) {
@@ -84,12 +76,17 @@ static void rotate_and_write(const Model& model, const Layer& layer, const Batch
     }
 }
 
-// The first `count` tokens of one page and head as floats [count, dim].
-static inline void load_page(const uint8_t* numbers, int64_t index, int64_t count, int64_t dim, int64_t number_bytes,
-                             float* out) {
-    for (int64_t i = 0; i < count * dim; i += kBlockRows)
-        store_floats(out + i, number_bytes == 4 ? load_floats((const float*)numbers + index + i)
-                                                : load_bf16((const uint16_t*)numbers + index + i));
+// 16 tokens of a page from number `index` on as floats [16, dim]; those from `count` on, which nobody has written, as 0.
+// Meanwhile memory is asked for the 16 tokens at `ahead`, which may be anywhere: computing goes on while they come.
+static inline void load_tokens(const uint8_t* numbers, int64_t index, int64_t count, int64_t dim, int64_t number_bytes,
+                               const uint8_t* ahead, float* out) {
+    const int64_t written = (count < kBlockRows ? count : kBlockRows) * dim;
+    for (int64_t line = 0; line < kBlockRows * dim * number_bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+    if (number_bytes == 4)
+        for (int64_t i = 0; i < written; i += kBlockRows) store_floats(out + i, load_floats((const float*)numbers + index + i));
+    else
+        for (int64_t i = 0; i < written; i += kBlockRows) store_floats(out + i, load_bf16((const uint16_t*)numbers + index + i));
+    for (int64_t i = written; i < kBlockRows * dim; i += kBlockRows) store_floats(out + i, broadcast(0.0f));
 }
 
 static inline Floats soft_capped(Floats scores, float cap) {
@@ -98,108 +95,192 @@ static inline Floats soft_capped(Floats scores, float cap) {
     return add(broadcast(cap), div(broadcast(-2.0f * cap), add(e, broadcast(1.0f))));
 }
 
-// Online softmax state of one query: after it, dim floats of the weighted sum.
-struct QueryState {
-    float largest, sum;
+// What a query has seen so far, as one row of floats: the largest score, the sum of the weights e^(score - largest), and
+// head_dim weighted sums of values.
+static inline float& largest_of(float* state) { return state[0]; }
+static inline float& sum_of(float* state) { return state[1]; }
+static inline float* values_of(float* state) { return state + kStateHead; }
+
+// What sums weighted for the score `before` as the largest are multiplied with when it is `now`.
+static inline Floats rescale_factor(float before, float now) { return exp_floats(broadcast(before - now)); }
+
+// totals = totals * rescale + sum over 16 tokens of weight * value, for kVectors vectors of the head; even and odd tokens
+// apart.
+template <int kVectors>
+static inline void add_values(const float* weights, const float* values, int64_t dim, Floats rescale, float* totals) {
+    Floats even[kVectors], odd[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        even[v] = mul(load_floats(totals + v * kBlockRows), rescale);
+        odd[v] = broadcast(0.0f);
+    }
+    for (int token = 0; token < kBlockRows; token += 2) {
+        const Floats first = broadcast(weights[token]), second = broadcast(weights[token + 1]);
+        const float* row = values + token * dim;
+        for (int v = 0; v < kVectors; ++v) {
+            even[v] = fma(first, load_floats(row + v * kBlockRows), even[v]);
+            odd[v] = fma(second, load_floats(row + dim + v * kBlockRows), odd[v]);
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) store_floats(totals + v * kBlockRows, add(even[v], odd[v]));
+}
+
+// Scores of one query and 16 tokens; kVectors 0: a head of any size.
+template <int kVectors>
+static inline Floats score_tokens(const float* q, const float* keys, int64_t dim) {
+    Floats products[kBlockRows];
+    const int64_t vectors = kVectors > 0 ? kVectors : dim / kBlockRows;
+    for (int token = 0; token < kBlockRows; ++token) {
+        Floats sum = mul(load_floats(q), load_floats(keys + token * dim));
+        for (int64_t v = 1; v < vectors; ++v)
+            sum = fma(load_floats(q + v * kBlockRows), load_floats(keys + token * dim + v * kBlockRows), sum);
+        products[token] = sum;
+    }
+    return sum_lanes_of_each(products);
+}
+
+// The tokens of a page that one query sees: begin .. end-1.
+struct Seen {
+    int64_t begin, end;
+
+    Seen(int64_t position, int64_t window, int64_t start) {
+        const int64_t oldest = window > 0 ? position - window + 1 : 0;
+        begin = oldest > start ? oldest - start : 0;
+        end = position - start + 1 < kPageTokens ? position - start + 1 : kPageTokens;
+    }
+    // Whether any of the 16 tokens from `first` on is among them.
+    bool touches(int64_t first) const { return begin < first + kBlockRows && first < end && begin < end; }
+    bool contains(int64_t first) const { return begin <= first && first + kBlockRows <= end; }
 };
 
-// total = total * rescale + sum over tokens of weight * value, for kVectors vectors of the head.
-template <int kVectors>
-static inline void add_values(const float* weights, const float* values, int64_t begin, int64_t end, int64_t dim,
-                              float rescale, float* total) {
-    Floats part[kVectors];
-    for (int v = 0; v < kVectors; ++v) part[v] = mul(load_floats(total + v * kBlockRows), broadcast(rescale));
-    for (int64_t token = begin; token < end; ++token) {
-        const Floats weight = broadcast(weights[token]);
-        for (int v = 0; v < kVectors; ++v) part[v] = fma(weight, load_floats(values + token * dim + v * kBlockRows), part[v]);
-    }
-    for (int v = 0; v < kVectors; ++v) store_floats(total + v * kBlockRows, part[v]);
+static inline Floats masked_scores(Floats scores, const Seen& seen, int64_t first) {
+    if (seen.contains(first)) return scores;
+    float lanes[kBlockRows];
+    store_floats(lanes, scores);
+    for (int64_t lane = 0; lane < kBlockRows; ++lane)
+        if (first + lane < seen.begin || first + lane >= seen.end) lanes[lane] = -__builtin_inff();
+    return load_floats(lanes);
 }
 
-// One query against the tokens begin .. end-1 of a page.
-static inline void attend_page(const float* q, const float* keys, const float* values, int64_t begin, int64_t end,
-                               int64_t dim, float scale, float softcap, QueryState& state, float* total) {
-    alignas(64) float scores[kPageTokens];
-    for (int64_t token = 0; token < kPageTokens; ++token) scores[token] = -__builtin_inff();
-    for (int64_t token = begin; token < end; ++token) {
-        Floats products = broadcast(0.0f);
-        for (int64_t d = 0; d < dim; d += kBlockRows)
-            products = fma(load_floats(q + d), load_floats(keys + token * dim + d), products);
-        scores[token] = sum_lanes(products) * scale;
-    }
-    if (softcap != 0.0f)
-        for (int64_t token = 0; token < kPageTokens; token += kBlockRows) {
-            float capped[kBlockRows];
-            store_floats(capped, soft_capped(load_floats(scores + token), softcap));
-            for (int64_t i = 0; i < kBlockRows; ++i)
-                if (token + i >= begin && token + i < end) scores[token + i] = capped[i];
-        }
-    Floats largest = load_floats(scores);
-    for (int64_t token = kBlockRows; token < kPageTokens; token += kBlockRows)
-        largest = max(largest, load_floats(scores + token));
-    const float page_largest = max_lanes(largest);
-    const float now = page_largest > state.largest ? page_largest : state.largest;
-    // Minus infinity minus itself would not be a number; the first page has nothing to rescale.
-    alignas(64) float rescale[kBlockRows];
-    store_floats(rescale, exp_floats(broadcast(state.sum == 0.0f ? 0.0f : state.largest - now)));
+// Turns a query's scores of a page into weights, in place; returns what its earlier sums must be multiplied with.
+static inline Floats weigh(float* scores, const Seen& seen, float* state) {
+    Floats largest = broadcast(-__builtin_inff());
+    for (int64_t first = 0; first < kPageTokens; first += kBlockRows)
+        if (seen.touches(first)) largest = max(largest, load_floats(scores + first));
+    const float before = largest_of(state), page_largest = max_lanes(largest);
+    const float now = page_largest > before ? page_largest : before;
+    const Floats rescale = rescale_factor(before, now);
     Floats sums = broadcast(0.0f);
-    for (int64_t token = 0; token < kPageTokens; token += kBlockRows) {
-        const Floats weights = exp_floats(add(load_floats(scores + token), broadcast(-now)));
-        store_floats(scores + token, weights);
-    }
-    for (int64_t token = 0; token < begin; ++token) scores[token] = 0.0f;
-    for (int64_t token = end; token < kPageTokens; ++token) scores[token] = 0.0f;
-    for (int64_t token = 0; token < kPageTokens; token += kBlockRows) sums = add(sums, load_floats(scores + token));
-    state.sum = state.sum * rescale[0] + sum_lanes(sums);
-    state.largest = now;
-    int64_t d = 0;
-    for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
-        add_values<4>(scores, values + d, begin, end, dim, rescale[0], total + d);
-    for (; d < dim; d += kBlockRows) add_values<1>(scores, values + d, begin, end, dim, rescale[0], total + d);
+    for (int64_t first = 0; first < kPageTokens; first += kBlockRows)
+        if (seen.touches(first)) {
+            // A score of minus infinity must weigh exactly nothing, which exp_floats does not say.
+            const Floats shifted_scores = add(load_floats(scores + first), broadcast(-now));
+            const Floats weights = zero_below(shifted_scores, -87.0f, exp_floats(shifted_scores));
+            store_floats(scores + first, weights);
+            sums = add(sums, weights);
+        }
+    largest_of(state) = now;
+    sum_of(state) = sum_of(state) * first_lane(rescale) + sum_lanes(sums);
+    return rescale;
 }
+
+static inline void add_all_values(const float* weights, const float* values, int64_t dim, Floats rescale, float* totals) {
+    int64_t d = 0;
+    for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows) add_values<4>(weights, values + d, dim, rescale, totals + d);
+    for (; d < dim; d += kBlockRows) add_values<1>(weights, values + d, dim, rescale, totals + d);
+}
+
+constexpr int64_t kAhead = 2 * kBlockRows;
 
 static void attend(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
-                   const AttentionGroup& group, int64_t seq, int64_t kv_head, int64_t first, int64_t last,
-                   const float* qkv, float* out, float* scratch) {
+                   const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
+                   float* scratch) {
     const int64_t dim = model.head_dim, heads = model.num_heads, kv_heads = model.num_kv_heads;
-    const int64_t queries_per_head = heads / kv_heads, width = (heads + 2 * kv_heads) * dim;
-    const int64_t* rows = group.row_ids + seq * group.num_tokens;
-    const int64_t* table = group.block_tables + seq * group.max_pages;
-    float* keys = scratch;
-    float* values = keys + kPageTokens * dim;
-    float* totals = values + kPageTokens * dim;
-    const int64_t num_queries = (last - first) * queries_per_head;
-    QueryState* states = (QueryState*)(totals + num_queries * dim);
-    for (int64_t query = 0; query < num_queries; ++query) states[query] = {-__builtin_inff(), 0.0f};
-    for (int64_t i = 0; i < num_queries * dim; ++i) totals[i] = 0.0f;
-    const int64_t last_position = batch.positions[rows[last - 1]];
-    const int64_t oldest_seen = layer.window > 0 ? batch.positions[rows[first]] - layer.window + 1 : 0;
-    for (int64_t page = oldest_seen > 0 ? oldest_seen / kPageTokens : 0; page * kPageTokens <= last_position; ++page) {
-        const int64_t index = (table[page] * kv_heads + kv_head) * kPageTokens * dim, start = page * kPageTokens;
+    const int64_t queries_per_head = heads / kv_heads, width = (heads + 2 * kv_heads) * dim, stride = state_floats(dim);
+    const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
+    const int64_t* table = group.block_tables + item.seq * group.max_pages;
+    const int64_t num_queries = (item.last - item.first) * queries_per_head;
+    float* numbers = scratch;                                // keys or values of 16 tokens
+    float* scores = numbers + kBlockRows * dim;              // [queries, kPageTokens]
+    float* rescales = scores + num_queries * kPageTokens;    // [queries]
+    for (int64_t query = 0; query < num_queries; ++query) {
+        float* state = states + query * stride;
+        for (int64_t i = 0; i < stride; ++i) state[i] = 0.0f;
+        largest_of(state) = -__builtin_inff();
+    }
+    const int64_t last_position = batch.positions[rows[item.last - 1]];
+    const int64_t oldest_seen = layer.window > 0 ? batch.positions[rows[item.first]] - layer.window + 1 : 0;
+    for (int64_t page = run * kRunPages; page < (run + 1) * kRunPages && page * kPageTokens <= last_position; ++page) {
+        const int64_t index = (table[page] * kv_heads + item.kv_head) * kPageTokens * dim, start = page * kPageTokens;
+        if (start + kPageTokens <= oldest_seen) continue;
         const int64_t written = last_position - start + 1 < kPageTokens ? last_position - start + 1 : kPageTokens;
-        load_page(pages.keys, index, written, dim, pages.number_bytes, keys);
-        load_page(pages.values, index, written, dim, pages.number_bytes, values);
-        for (int64_t token = first; token < last; ++token) {
-            const int64_t position = batch.positions[rows[token]];
-            const int64_t oldest = layer.window > 0 ? position - layer.window + 1 : 0;
-            const int64_t begin = oldest > start ? oldest - start : 0;
-            const int64_t end = position - start + 1 < kPageTokens ? position - start + 1 : kPageTokens;
-            if (begin >= end) continue;
-            for (int64_t query = 0; query < queries_per_head; ++query) {
-                const int64_t number = (token - first) * queries_per_head + query;
-                const float* q = qkv + rows[token] * width + (kv_head * queries_per_head + query) * dim;
-                attend_page(q, keys, values, begin, end, dim, model.attention_scale, model.softcap, states[number],
-                            totals + number * dim);
+        const int64_t next_page = page + 1 < group.max_pages ? page + 1 : page;
+        const int64_t next_index = (table[next_page] * kv_heads + item.kv_head) * kPageTokens * dim;
+        // What is wanted kAhead tokens after token `first`: of the same numbers, or of those that are read next.
+        const auto ahead = [&](const uint8_t* same, const uint8_t* next, int64_t next_at, int64_t first) {
+            const int64_t wanted = first + kAhead;
+            return wanted < kPageTokens ? same + (index + wanted * dim) * pages.number_bytes
+                                        : next + (next_at + (wanted - kPageTokens) * dim) * pages.number_bytes;
+        };
+        const auto seen_by = [&](int64_t query) {
+            return Seen(batch.positions[rows[item.first + query / queries_per_head]], layer.window, start);
+        };
+        for (int64_t first = 0; first < written; first += kBlockRows) {
+            load_tokens(pages.keys, index + first * dim, written - first, dim, pages.number_bytes,
+                        ahead(pages.keys, pages.values, index, first), numbers);
+            for (int64_t query = 0; query < num_queries; ++query) {
+                const Seen seen = seen_by(query);
+                if (!seen.touches(first)) continue;
+                const float* q = qkv + rows[item.first + query / queries_per_head] * width +
+                                 (item.kv_head * queries_per_head + query % queries_per_head) * dim;
+                Floats dots = dim == 64 ? score_tokens<4>(q, numbers, dim) : score_tokens<0>(q, numbers, dim);
+                dots = mul(dots, broadcast(model.attention_scale));
+                if (model.softcap != 0.0f) dots = soft_capped(dots, model.softcap);
+                store_floats(scores + query * kPageTokens + first, masked_scores(dots, seen, first));
+            }
+        }
+        for (int64_t query = 0; query < num_queries; ++query) {
+            const Seen seen = seen_by(query);
+            if (seen.begin < seen.end)
+                rescales[query] = first_lane(weigh(scores + query * kPageTokens, seen, states + query * stride));
+        }
+        for (int64_t first = 0; first < written; first += kBlockRows) {
+            load_tokens(pages.values, index + first * dim, written - first, dim, pages.number_bytes,
+                        ahead(pages.values, pages.keys, next_index, first), numbers);
+            for (int64_t query = 0; query < num_queries; ++query) {
+                const Seen seen = seen_by(query);
+                if (!seen.touches(first)) continue;
+                // Earlier sums are rescaled once, by the first tokens of the page that are seen.
+                const float rescale = first + kBlockRows > seen.begin && first <= seen.begin ? rescales[query] : 1.0f;
+                add_all_values(scores + query * kPageTokens + first, numbers, dim, broadcast(rescale),
+                               values_of(states + query * stride));
             }
         }
     }
-    for (int64_t token = first; token < last; ++token)
-        for (int64_t query = 0; query < queries_per_head; ++query) {
-            const int64_t number = (token - first) * queries_per_head + query;
-            float* result = out + rows[token] * heads * dim + (kv_head * queries_per_head + query) * dim;
-            const Floats sum = broadcast(states[number].sum);
+}
+
+static void merge_states(float* into, const float* from, int64_t count, int64_t dim) {
+    const int64_t stride = state_floats(dim);
+    for (int64_t query = 0; query < count; ++query, into += stride, from += stride) {
+        const float before = into[0], other = from[0], now = other > before ? other : before;
+        if (now == -__builtin_inff()) continue;
+        const Floats keep = rescale_factor(before, now), take = rescale_factor(other, now);
+        into[0] = now;
+        into[1] = into[1] * first_lane(keep) + from[1] * first_lane(take);
+        for (int64_t d = kStateHead; d < stride; d += kBlockRows)
+            store_floats(into + d, fma(load_floats(from + d), take, mul(load_floats(into + d), keep)));
+    }
+}
+
+static void write_attended(const Model& model, const AttentionGroup& group, const AttentionItem& item, const float* states,
+                           float* out) {
+    const int64_t dim = model.head_dim, queries_per_head = model.num_heads / model.num_kv_heads;
+    const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
+    for (int64_t token = item.first; token < item.last; ++token)
+        for (int64_t query = 0; query < queries_per_head; ++query, states += state_floats(dim)) {
+            float* result = out + (rows[token] * model.num_heads + item.kv_head * queries_per_head + query) * dim;
+            const Floats sum = broadcast(states[1]);
             for (int64_t d = 0; d < dim; d += kBlockRows)
-                store_floats(result + d, div(load_floats(totals + number * dim + d), sum));
+                store_floats(result + d, div(load_floats(states + kStateHead + d), sum));
         }
 }
 
@@ -224,4 +305,23 @@ static void gate(int64_t activation, const float* gate_up, int64_t first, int64_
 
 static void add_rows(float* x, const float* y, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) x[i] += y[i];
+}
+
+static Likeliest greedy(const float* logits, int64_t first, int64_t last) {
+    Floats best = broadcast(-__builtin_inff()), zeros = broadcast(0.0f);
+    int64_t i = first;
+    for (; i + kBlockRows <= last; i += kBlockRows) {
+        const Floats values = load_floats(logits + i);
+        best = max(best, values);
+        zeros = fma(values, broadcast(0.0f), zeros);  // NaN once a number is not finite
+    }
+    float largest = max_lanes(best), zero = sum_lanes(zeros);
+    for (; i < last; ++i) {
+        largest = logits[i] > largest ? logits[i] : largest;
+        zero += logits[i] * 0.0f;
+    }
+    if (zero != 0.0f) return {-1, 0.0f};
+    for (i = first; i < last; ++i)
+        if (logits[i] == largest) return {i, largest};
+    return {last, -__builtin_inff()};  // of no numbers
 }

@@ -1,259 +1,375 @@
-// The kernels, written once over a vector type and compiled once per instruction set.
+// Nested linear layers, written once over a vector type and compiled once per instruction set.
 //
 // Included by exactly one source file per instruction set, inside its namespace and after its vector type. The type offers
-//   Bytes     64 unsigned bytes: load, store, shifted(v, n) (bits leave towards bit 0; towards bit 7 for n < 0; neighbours
-//             may leak in), merge(v, mask, w) = (v & mask) | w, masked(v, mask)
-//   Ints      16 int32 sums: zero, dot(sums, codes, four int8 activations)
-//   Floats    16 floats: from(Ints), broadcast, load_part, load, store, fma, mul
-//   kRowTile  rows computed together
-// All arithmetic that can round is in `Epilogue`, one operation at a time in an order fixed by the number of groups, so a
-// row's result depends on the row and the width alone, and is the same on every instruction set.
-
-// Where the nibble of a code lies in a decoded byte: c2 at bits 3,2; c3 at bit 1; c4 at bit 0 (c6, c8 likewise in the low
-// nibble). A width below 4 bits leaves the lower bits 0, which multiplies its sums by 4 or 2: exact, and divided out.
-static inline float high_factor(int64_t bit_width) { return bit_width == 2 ? 0.25f : bit_width == 3 ? 0.5f : 1.0f; }
-static inline float low_factor(int64_t bit_width) { return bit_width == 6 ? 0.25f : 1.0f; }
+//   Bytes     64 unsigned bytes: load, store, shifted(v, n) (towards bit 0; towards bit 7 for n < 0; neighbours may leak
+//             in), masked(v, mask), select(mask, v, w) = bits of v where mask is set, of w elsewhere
+//   Halves    the nibbles of both steps of a pair: split(v, mask), mask of the lower one
+//   PairSums  sums of one digit: zero_pair_sums, dot_pair(sums, halves, digits of both steps), end_span, total -> Ints
+//   StepSums  the same for codes that lie one a byte: zero_step_sums, dot_step(sums, codes, four digits), end_span, total
+//   Ints      16 int32: joined(high digit, low digit)
+//   Floats    16 floats: from(Ints), broadcast, load_part, load, store, fma, mul, add
+//   kTileRows, kTileBlocks, kDirectRows   how many rows and blocks are computed together
+// Sums of integers are exact. All arithmetic that can round is in `add_group`, in an order fixed by the number of groups, so
+// a row's result depends on the row and the width alone, and is the same on every instruction set.
 
 static inline int width_index(int64_t bit_width) {
     return bit_width == 2 ? 0 : bit_width == 3 ? 1 : bit_width == 4 ? 2 : bit_width == 6 ? 3 : 4;
 }
 
-// Field `step` of a 2-bit stream's two vectors, moved to bits 3,2.
-template <int kStep>
-static inline Bytes two_bits_high(const uint8_t* span) {
-    return masked(shifted(load(span + (kStep / 4) * kLanes), 2 * (kStep % 4) - 2), 0x0C);
+// Pair `kPair` of one chunk stream, its fields where they belong.
+template <int kChunk, int kPair>
+static inline Bytes fields(const uint8_t* span) {
+    constexpr Place place = kPlaces[kChunk][kPair];
+    return shifted(load(span + place.vector * kLanes), place.shift);
 }
 
-// High nibbles of one step.
-template <int kBits, int kStep>
-static inline Bytes high_nibbles(const uint8_t* c2, const uint8_t* c3, const uint8_t* c4) {
-    Bytes codes = two_bits_high<kStep>(c2);
-    if (kBits >= 3) codes = merge(shifted(load(c3), kStep - 1), 0x02, codes);
-    if (kBits >= 4) codes = merge(shifted(load(c4), kStep), 0x01, codes);
-    return codes;
+// High nibbles of a pair, both halves; a width below 4 bits leaves garbage in the bits it does not have.
+template <int kBits, int kPair>
+static inline Bytes high_pair(const uint8_t* const* streams) {
+    const Bytes c2 = fields<0, kPair>(streams[0]);
+    if (kBits == 2) return c2;
+    const Bytes c3 = select(0xCC, c2, fields<1, kPair>(streams[1]));
+    if (kBits == 3) return c3;
+    return select(0xEE, c3, fields<2, kPair>(streams[2]));
+}
+template <int kBits>
+constexpr uint8_t high_mask() {
+    return kBits == 2 ? 0x0C : kBits == 3 ? 0x0E : 0x0F;
 }
 
-// Low nibbles of one step; at 6 bits only their upper half.
-template <int kBits, int kStep>
-static inline Bytes low_nibbles(const uint8_t* c6, const uint8_t* c8) {
-    Bytes codes = two_bits_high<kStep>(c6);
-    if (kBits >= 8) codes = merge(shifted(load(c8 + (kStep / 4) * kLanes), 2 * (kStep % 4)), 0x03, codes);
-    return codes;
+// Low nibbles of a pair; at 6 bits only their upper half.
+template <int kBits, int kPair>
+static inline Bytes low_pair(const uint8_t* const* streams) {
+    const Bytes c6 = fields<3, kPair>(streams[3]);
+    if (kBits == 6) return c6;
+    return select(0xCC, c6, fields<4, kPair>(streams[4]));
+}
+template <int kBits>
+constexpr uint8_t low_mask() {
+    return kBits == 6 ? 0x0C : 0x0F;
 }
 
-// Streams of one block at the start of one group.
+// Streams of one block from one span on.
 struct BlockStreams {
     const uint8_t* chunks[kNumChunks];
 
-    BlockStreams(const Weight& weight, int64_t block) {
+    BlockStreams(const Weight& weight, int64_t block, int64_t span) {
+        const int64_t vectors = block * weight.num_spans() + span;
         for (int chunk = 0; chunk < kNumChunks; ++chunk)
-            chunks[chunk] = weight.chunks[chunk] == nullptr ? nullptr
-                                                            : weight.chunks[chunk] + block * weight.num_spans() *
-                                                                                         kChunkBits[chunk] * kLanes;
+            chunks[chunk] = weight.chunks[chunk] + (weight.chunks[chunk] == nullptr ? 0 : vectors * kChunkBits[chunk] * kLanes);
     }
-    void next_span() {
+    inline void next_span() {
         for (int chunk = 0; chunk < kNumChunks; ++chunk) chunks[chunk] += kChunkBits[chunk] * kLanes;
     }
 };
 
-// The float part of one (block, group) at one width: level = high * sum of high nibbles (+ low * ...) + zero * total.
+// The float part of one width. A width without all bits of a nibble has its sums multiplied by 4 or 2, as the bits are not
+// moved down: the factors take that back, exactly.
+struct FloatParts {
+    const void *high, *low, *zero;
+    int64_t float_bytes;
+    float high_factor, low_factor;
+
+    FloatParts(const Weight& weight, int64_t bit_width) {
+        const FloatPart& own = weight.parts[width_index(bit_width)];
+        high = bit_width > 4 ? weight.parts[width_index(4)].scale : own.scale;
+        low = own.scale;
+        zero = own.zero;
+        float_bytes = weight.float_bytes;
+        high_factor = bit_width == 2 ? 0.25f : bit_width == 3 ? 0.5f : 1.0f;
+        low_factor = bit_width == 6 ? 0.25f : 1.0f;
+    }
+};
+
+// The float part of one (block, group): level = high * high nibble (+ low * low nibble) + zero.
+template <int kNibbles>
 struct GroupPart {
     Floats high, low, zero;
 
-    template <int kBits>
-    static inline GroupPart load_group(const Weight& weight, int64_t index) {
-        const FloatPart& own = weight.parts[width_index(kBits)];
-        const FloatPart& nibble = kBits > 4 ? weight.parts[width_index(4)] : own;
-        GroupPart part;
-        part.high = mul(load_part(nibble.scale, weight.float_bytes, index), broadcast(high_factor(kBits)));
-        part.zero = load_part(own.zero, weight.float_bytes, index);
-        if (kBits > 4) part.low = mul(load_part(own.scale, weight.float_bytes, index), broadcast(low_factor(kBits)));
-        return part;
+    GroupPart(const FloatParts& parts, int64_t index) {
+        high = load_part(parts.high, parts.float_bytes, index);
+        if (kNibbles == 2) low = load_part(parts.low, parts.float_bytes, index);
+        zero = load_part(parts.zero, parts.float_bytes, index);
     }
 };
 
-// Weighted sums of one group's nibbles: sum over spans of step * (sum of nibble * q).
-struct GroupSums {
-    Floats high, low;
-
-    static inline GroupSums zero() { return {broadcast(0.0f), broadcast(0.0f)}; }
-    template <int kBits>
-    inline void add_span(Ints span_high, Ints span_low, float step) {
-        high = fma(from(span_high), broadcast(step), high);
-        if (kBits > 4) low = fma(from(span_low), broadcast(step), low);
-    }
-};
-
-// y += high * sums.high + low * sums.low + zero * total
-template <int kBits>
-static inline Floats add_group(Floats y, const GroupPart& part, const GroupSums& sums, float total) {
-    y = fma(part.high, sums.high, y);
-    if (kBits > 4) y = fma(part.low, sums.low, y);
+// y += high * step * high sums (+ low * step * low sums) + zero * total
+template <int kNibbles>
+static inline Floats add_group(Floats y, const GroupPart<kNibbles>& part, const FloatParts& parts, Ints high, Ints low,
+                               float step, float total) {
+    y = fma(part.high, mul(from(high), broadcast(step * parts.high_factor)), y);
+    if (kNibbles == 2) y = fma(part.low, mul(from(low), broadcast(step * parts.low_factor)), y);
     return fma(part.zero, broadcast(total), y);
 }
 
-static inline void store_row(Floats y, const float* bias, float* out, int64_t first_row, int64_t out_features) {
-    float values[kBlockRows];
-    int64_t count = out_features - first_row;
-    if (count >= kBlockRows) {
-        if (bias != nullptr) y = add(y, load_floats(bias + first_row));
-        store_floats(out + first_row, y);
-        return;
-    }
-    store_floats(values, y);
-    for (int64_t row = 0; row < count; ++row)
-        out[first_row + row] = bias == nullptr ? values[row] : values[row] + bias[first_row + row];
-}
+// Where results go.
+struct Output {
+    const float* bias;
+    bool accumulate;
+    float* y;
+    int64_t out_features;
 
-template <int kBits, int kStep>
-static inline void dot_step(const BlockStreams& streams, const int8_t* q, Ints& high, Ints& low) {
-    high = dot(high, high_nibbles<kBits, kStep>(streams.chunks[0], streams.chunks[1], streams.chunks[2]), q + 4 * kStep);
-    if (kBits > 4) low = dot(low, low_nibbles<kBits, kStep>(streams.chunks[3], streams.chunks[4]), q + 4 * kStep);
-}
-
-// One row: codes go from memory through registers into the sums.
-template <int kBits>
-static void linear_one_row(const Weight& weight, const Activations& x, int64_t row, const float* bias, float* y,
-                           int64_t first, int64_t last) {
-    const int64_t groups = weight.num_groups(), spans = weight.group_size / kSpanInputs;
-    const int8_t* row_q = x.q + row * weight.in_features;
-    for (int64_t block = first; block < last; ++block) {
-        BlockStreams streams(weight, block);
-        const int8_t* q = row_q;
-        const float* step = x.step + row * weight.num_spans();
-        Floats result = broadcast(0.0f);
-        for (int64_t group = 0; group < groups; ++group) {
-            GroupSums sums = GroupSums::zero();
-            for (int64_t span = 0; span < spans; ++span) {
-                Ints high[2] = {zero_ints(), zero_ints()}, low[2] = {zero_ints(), zero_ints()};
-                dot_step<kBits, 0>(streams, q, high[0], low[0]);
-                dot_step<kBits, 1>(streams, q, high[1], low[1]);
-                dot_step<kBits, 2>(streams, q, high[0], low[0]);
-                dot_step<kBits, 3>(streams, q, high[1], low[1]);
-                dot_step<kBits, 4>(streams, q, high[0], low[0]);
-                dot_step<kBits, 5>(streams, q, high[1], low[1]);
-                dot_step<kBits, 6>(streams, q, high[0], low[0]);
-                dot_step<kBits, 7>(streams, q, high[1], low[1]);
-                sums.add_span<kBits>(add(high[0], high[1]), add(low[0], low[1]), *step++);
-                streams.next_span();
-                q += kSpanInputs;
-            }
-            const GroupPart part = GroupPart::load_group<kBits>(weight, (block * groups + group) * kBlockRows);
-            result = add_group<kBits>(result, part, sums, x.total[row * groups + group]);
+    inline void store_block(int64_t row, int64_t block, Floats values) const {
+        const int64_t first = block * kBlockRows, count = out_features - first;
+        float* to = y + row * out_features + first;
+        if (count >= kBlockRows) {
+            if (bias != nullptr) values = add(values, load_floats(bias + first));
+            if (accumulate) values = add(load_floats(to), values);
+            store_floats(to, values);
+            return;
         }
-        store_row(result, bias, y + row * weight.out_features, block * kBlockRows, weight.out_features);
+        float lanes[kBlockRows];
+        store_floats(lanes, values);
+        for (int64_t lane = 0; lane < count; ++lane) {
+            if (bias != nullptr) lanes[lane] += bias[first + lane];
+            to[lane] = accumulate ? to[lane] + lanes[lane] : lanes[lane];
+        }
     }
-}
+};
 
-template <int kBits, int kStep>
-static inline void decode_step(const BlockStreams& streams, uint8_t* high, uint8_t* low) {
-    store(high + kStep * kLanes, high_nibbles<kBits, kStep>(streams.chunks[0], streams.chunks[1], streams.chunks[2]));
-    if (kBits > 4) store(low + kStep * kLanes, low_nibbles<kBits, kStep>(streams.chunks[3], streams.chunks[4]));
-}
-
-// All codes of a block, one byte each: high nibbles, then low nibbles, each 16 * in_features bytes.
-template <int kBits>
-static void decode_block(const Weight& weight, int64_t block, uint8_t* high, uint8_t* low) {
-    BlockStreams streams(weight, block);
-    for (int64_t span = 0; span < weight.num_spans(); ++span) {
-        decode_step<kBits, 0>(streams, high, low);
-        decode_step<kBits, 1>(streams, high, low);
-        decode_step<kBits, 2>(streams, high, low);
-        decode_step<kBits, 3>(streams, high, low);
-        decode_step<kBits, 4>(streams, high, low);
-        decode_step<kBits, 5>(streams, high, low);
-        decode_step<kBits, 6>(streams, high, low);
-        decode_step<kBits, 7>(streams, high, low);
-        streams.next_span();
-        high += kSpanSteps * kLanes;
-        low += kSpanSteps * kLanes;
-    }
-}
-
-// kRows rows of one block whose codes are decoded.
+// Few rows: codes go from memory through registers into the sums.
 template <int kBits, int kRows>
-static void linear_tile(const Weight& weight, const Activations& x, int64_t row, const float* bias, float* y,
-                        int64_t block, const uint8_t* high_codes, const uint8_t* low_codes) {
-    const int64_t groups = weight.num_groups(), spans = weight.num_spans(), in_features = weight.in_features;
-    const int64_t spans_per_group = weight.group_size / kSpanInputs;
-    const int8_t* q = x.q + row * in_features;
-    const float* steps = x.step + row * spans;
-    Floats results[kRows];
-    for (int r = 0; r < kRows; ++r) results[r] = broadcast(0.0f);
-    for (int64_t group = 0; group < groups; ++group) {
-        GroupSums sums[kRows];
-        for (int r = 0; r < kRows; ++r) sums[r] = GroupSums::zero();
-        for (int64_t span = 0; span < spans_per_group; ++span) {
-            Ints high[kRows], low[kRows];
-            for (int r = 0; r < kRows; ++r) high[r] = low[r] = zero_ints();
-            for (int step = 0; step < kSpanSteps; ++step) {
-                const Bytes high_vector = load(high_codes);
-                for (int r = 0; r < kRows; ++r) high[r] = dot(high[r], high_vector, q + r * in_features);
-                if (kBits > 4) {
-                    const Bytes low_vector = load(low_codes);
-                    for (int r = 0; r < kRows; ++r) low[r] = dot(low[r], low_vector, q + r * in_features);
-                }
-                high_codes += kLanes;
-                low_codes += kLanes;
-                q += 4;
+struct Direct {
+    static constexpr int kNibbles = kBits > 4 ? 2 : 1, kDigits = digits_of(kBits);
+
+    PairSums high[kRows][kDigits], low[kRows][kDigits];
+
+    inline void clear() {
+        for (int row = 0; row < kRows; ++row)
+            for (int digit = 0; digit < kDigits; ++digit) {
+                high[row][digit] = zero_pair_sums();
+                if (kNibbles == 2) low[row][digit] = zero_pair_sums();
             }
-            for (int r = 0; r < kRows; ++r) sums[r].template add_span<kBits>(high[r], low[r], steps[r * spans]);
-            ++steps;
-        }
-        const GroupPart part = GroupPart::load_group<kBits>(weight, (block * groups + group) * kBlockRows);
-        for (int r = 0; r < kRows; ++r)
-            results[r] = add_group<kBits>(results[r], part, sums[r], x.total[(row + r) * groups + group]);
     }
-    for (int r = 0; r < kRows; ++r)
-        store_row(results[r], bias, y + (row + r) * weight.out_features, block * kBlockRows, weight.out_features);
+    template <int kPair>
+    inline void add_pair(const BlockStreams& streams, const int8_t* digits, int64_t in_features) {
+        const Halves high_codes = split(high_pair<kBits, kPair>(streams.chunks), high_mask<kBits>());
+        Halves low_codes;
+        if constexpr (kNibbles == 2) low_codes = split(low_pair<kBits, kPair>(streams.chunks), low_mask<kBits>());
+        for (int row = 0; row < kRows; ++row)
+            for (int digit = 0; digit < kDigits; ++digit) {
+                const int8_t* pair = digits + (row * kMaxDigits + digit) * in_features + 8 * kPair;
+                dot_pair(high[row][digit], high_codes, pair);
+                if constexpr (kNibbles == 2) dot_pair(low[row][digit], low_codes, pair);
+            }
+    }
+    inline void add_span(const BlockStreams& streams, const int8_t* digits, int64_t in_features) {
+        add_pair<0>(streams, digits, in_features);
+        add_pair<1>(streams, digits, in_features);
+        add_pair<2>(streams, digits, in_features);
+        add_pair<3>(streams, digits, in_features);
+        for (int row = 0; row < kRows; ++row)
+            for (int digit = 0; digit < kDigits; ++digit) {
+                end_span(high[row][digit]);
+                if (kNibbles == 2) end_span(low[row][digit]);
+            }
+    }
+    static inline Ints joined_total(const PairSums* sums) {
+        return kDigits == 1 ? total(sums[0]) : joined(total(sums[0]), total(sums[kDigits - 1]));
+    }
+
+    static void run(const Weight& weight, const FloatParts& parts, const Activations& x, int64_t row, const Output& out,
+                    int64_t block) {
+        const int64_t groups = weight.num_groups(), spans = weight.group_size / kSpanInputs, in = weight.in_features;
+        const int8_t* digits = x.digits + row * kMaxDigits * in;
+        BlockStreams streams(weight, block, 0);
+        Floats results[kRows];
+        for (int r = 0; r < kRows; ++r) results[r] = broadcast(0.0f);
+        for (int64_t group = 0; group < groups; ++group) {
+            Direct sums;
+            sums.clear();
+            for (int64_t span = 0; span < spans; ++span) {
+                sums.add_span(streams, digits, in);
+                streams.next_span();
+                digits += kSpanInputs;
+            }
+            const GroupPart<kNibbles> part(parts, (block * groups + group) * kBlockRows);
+            for (int r = 0; r < kRows; ++r) {
+                const int64_t index = (row + r) * groups + group;
+                results[r] = add_group<kNibbles>(results[r], part, parts, joined_total(sums.high[r]),
+                                                 kNibbles == 2 ? joined_total(sums.low[r]) : Ints{}, x.step[index],
+                                                 x.total[index]);
+            }
+        }
+        for (int r = 0; r < kRows; ++r) out.store_block(row + r, block, results[r]);
+    }
+};
+
+// Codes of some blocks and of a panel of inputs, one a byte: [step][block][64 lanes], high nibbles, then low ones.
+template <int kBits, int kPair>
+static inline void decode_pair(const BlockStreams& streams, uint8_t* high, uint8_t* low, int64_t stride) {
+    const Bytes high_codes = high_pair<kBits, kPair>(streams.chunks);
+    store(high + 2 * kPair * stride, masked(high_codes, high_mask<kBits>()));
+    store(high + (2 * kPair + 1) * stride, masked(shifted(high_codes, 4), high_mask<kBits>()));
+    if constexpr (kBits > 4) {
+        const Bytes low_codes = low_pair<kBits, kPair>(streams.chunks);
+        store(low + 2 * kPair * stride, masked(low_codes, low_mask<kBits>()));
+        store(low + (2 * kPair + 1) * stride, masked(shifted(low_codes, 4), low_mask<kBits>()));
+    }
 }
 
 template <int kBits>
-static void linear_rows(const Weight& weight, const Activations& x, int64_t first_row, int64_t last_row,
-                        const float* bias, float* y, int64_t block, uint8_t* scratch) {
+static void decode_panel(const Weight& weight, int64_t block, int64_t num_blocks, int64_t first_span, int64_t num_spans,
+                         uint8_t* high, uint8_t* low) {
+    const int64_t stride = num_blocks * kLanes;
+    for (int64_t index = 0; index < num_blocks; ++index) {
+        BlockStreams streams(weight, block + index, first_span);
+        for (int64_t span = 0; span < num_spans; ++span) {
+            const int64_t offset = span * kSpanSteps * stride + index * kLanes;
+            decode_pair<kBits, 0>(streams, high + offset, low + offset, stride);
+            decode_pair<kBits, 1>(streams, high + offset, low + offset, stride);
+            decode_pair<kBits, 2>(streams, high + offset, low + offset, stride);
+            decode_pair<kBits, 3>(streams, high + offset, low + offset, stride);
+            streams.next_span();
+        }
+    }
+}
+
+// A panel's part in the results of kRows rows and kBlocks blocks.
+template <int kDigits, int kBlocks, int kRows>
+struct Tile {
+    StepSums sums[kBlocks][kRows][kDigits];
+
+    inline void add_group_codes(const uint8_t* codes, const int8_t* digits, int64_t in_features, int64_t spans) {
+        for (int block = 0; block < kBlocks; ++block)
+            for (int row = 0; row < kRows; ++row)
+                for (int digit = 0; digit < kDigits; ++digit) sums[block][row][digit] = zero_step_sums();
+        for (int64_t span = 0; span < spans; ++span) {
+            for (int step = 0; step < kSpanSteps; ++step) {
+                Bytes vectors[kBlocks];
+                for (int block = 0; block < kBlocks; ++block) vectors[block] = load(codes + block * kLanes);
+                for (int row = 0; row < kRows; ++row)
+                    for (int digit = 0; digit < kDigits; ++digit) {
+                        const Fours four = load_four(digits + (row * kMaxDigits + digit) * in_features);
+                        for (int block = 0; block < kBlocks; ++block)
+                            dot_step(sums[block][row][digit], vectors[block], four);
+                    }
+                codes += kBlocks * kLanes;
+                digits += 4;
+            }
+            for (int block = 0; block < kBlocks; ++block)
+                for (int row = 0; row < kRows; ++row)
+                    for (int digit = 0; digit < kDigits; ++digit) end_span(sums[block][row][digit]);
+        }
+    }
+    inline Ints joined_total(int block, int row) const {
+        const StepSums* own = sums[block][row];
+        return kDigits == 1 ? total(own[0]) : joined(total(own[0]), total(own[kDigits - 1]));
+    }
+
+    // `partial` [kBlocks][16] of each row, kRows rows: what earlier panels have summed up, and this one adds to.
+    template <int kNibbles>
+    static void run(const Weight& weight, const FloatParts& parts, const Activations& x, int64_t row, int64_t block,
+                    int64_t first_group, int64_t last_group, const uint8_t* high, const uint8_t* low, float* partial) {
+        const int64_t groups = weight.num_groups(), in = weight.in_features;
+        const int64_t spans = weight.group_size / kSpanInputs, group_codes = weight.group_size / 4 * kBlocks * kLanes;
+        Tile tile;
+        for (int64_t group = first_group; group < last_group; ++group) {
+            const int8_t* digits = x.digits + row * kMaxDigits * in + group * weight.group_size;
+            Ints high_sums[kBlocks][kRows];
+            if constexpr (kNibbles == 2) {
+                tile.add_group_codes(high + (group - first_group) * group_codes, digits, in, spans);
+                for (int b = 0; b < kBlocks; ++b)
+                    for (int r = 0; r < kRows; ++r) high_sums[b][r] = tile.joined_total(b, r);
+                tile.add_group_codes(low + (group - first_group) * group_codes, digits, in, spans);
+            } else {
+                tile.add_group_codes(high + (group - first_group) * group_codes, digits, in, spans);
+            }
+            for (int b = 0; b < kBlocks; ++b) {
+                const GroupPart<kNibbles> part(parts, ((block + b) * groups + group) * kBlockRows);
+                for (int r = 0; r < kRows; ++r) {
+                    const int64_t index = (row + r) * groups + group;
+                    float* sum = partial + (r * kBlocks + b) * kBlockRows;
+                    const Ints now = tile.joined_total(b, r);
+                    store_floats(sum, add_group<kNibbles>(load_floats(sum), part, parts,
+                                                          kNibbles == 2 ? high_sums[b][r] : now, now, x.step[index],
+                                                          x.total[index]));
+                }
+            }
+        }
+    }
+};
+
+template <int kDigits, int kNibbles, int kBlocks, int kRows>
+static inline void run_tiles(const Weight& weight, const FloatParts& parts, const Activations& x, int64_t& row,
+                             int64_t last_row, int64_t first_row, int64_t block, int64_t first_group, int64_t last_group,
+                             const uint8_t* high, const uint8_t* low, float* partials) {
+    for (; row + kRows <= last_row; row += kRows)
+        Tile<kDigits, kBlocks, kRows>::template run<kNibbles>(weight, parts, x, row, block, first_group, last_group, high, low,
+                                                     partials + (row - first_row) * kBlocks * kBlockRows);
+    if constexpr (kRows > 1)
+        run_tiles<kDigits, kNibbles, kBlocks, kRows - 1>(weight, parts, x, row, last_row, first_row, block, first_group,
+                                                         last_group, high, low, partials);
+}
+
+// Many rows: a panel's codes are decoded once for all of them.
+template <int kBits, int kBlocks>
+static void tiled_blocks(const Weight& weight, const FloatParts& parts, const Activations& x, const Segment& segment,
+                         const Output& out, int64_t block, uint8_t* scratch) {
+    constexpr int kNibbles = kBits > 4 ? 2 : 1;
+    const int64_t groups = weight.num_groups(), panel_groups = kPanelInputs / weight.group_size;
+    const int64_t spans_per_group = weight.group_size / kSpanInputs;
     uint8_t* high = scratch;
-    uint8_t* low = scratch + kBlockRows * weight.in_features;
-    decode_block<kBits>(weight, block, high, low);
-    int64_t row = first_row;
-    for (; row + kRowTile <= last_row; row += kRowTile)
-        linear_tile<kBits, kRowTile>(weight, x, row, bias, y, block, high, low);
-    for (; row + 2 <= last_row; row += 2) linear_tile<kBits, 2>(weight, x, row, bias, y, block, high, low);
-    if (row < last_row) linear_tile<kBits, 1>(weight, x, row, bias, y, block, high, low);
+    uint8_t* low = high + kMaxTileBlocks * kBlockRows * kPanelInputs;
+    float* partials = (float*)(low + kMaxTileBlocks * kBlockRows * kPanelInputs);
+    const int64_t rows = segment.last - segment.first;
+    for (int64_t index = 0; index < rows * kBlocks; ++index) store_floats(partials + index * kBlockRows, broadcast(0.0f));
+    for (int64_t first = 0; first < groups; first += panel_groups) {
+        const int64_t last = first + panel_groups < groups ? first + panel_groups : groups;
+        decode_panel<kBits>(weight, block, kBlocks, first * spans_per_group, (last - first) * spans_per_group, high, low);
+        int64_t row = segment.first;
+        run_tiles<digits_of(kBits), kNibbles, kBlocks, kMaxDigits / digits_of(kBits) * kTileRows>(weight, parts, x, row, segment.last, segment.first, block,
+                                                                  first, last, high, low, partials);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t index = 0; index < kBlocks; ++index)
+            out.store_block(segment.first + row, block + index, load_floats(partials + (row * kBlocks + index) * kBlockRows));
 }
 
 template <int kBits>
-static void linear_segment(const Weight& weight, const Activations& x, const Segment& segment, const float* bias,
-                           float* y, int64_t first, int64_t last, uint8_t* scratch) {
-    if (segment.last - segment.first == 1)
-        linear_one_row<kBits>(weight, x, segment.first, bias, y, first, last);
-    else
-        for (int64_t block = first; block < last; ++block)
-            linear_rows<kBits>(weight, x, segment.first, segment.last, bias, y, block, scratch);
+static void linear_segment(const Weight& weight, const Activations& x, const Segment& segment, const Output& out,
+                           int64_t first, int64_t last, uint8_t* scratch) {
+    const FloatParts parts(weight, kBits);
+    const int64_t rows = segment.last - segment.first;
+    int64_t block = first;
+    if (rows == 1) {
+        for (; block < last; ++block) Direct<kBits, 1>::run(weight, parts, x, segment.first, out, block);
+    } else if (rows == 2 && kDirectRows >= 2) {
+        for (; block < last; ++block) Direct<kBits, 2>::run(weight, parts, x, segment.first, out, block);
+    } else {
+        for (; block + kTileBlocks <= last; block += kTileBlocks)
+            tiled_blocks<kBits, kTileBlocks>(weight, parts, x, segment, out, block, scratch);
+        for (; block < last; ++block) tiled_blocks<kBits, 1>(weight, parts, x, segment, out, block, scratch);
+    }
 }
 
 static void linear(const Weight& weight, const Activations& x, const Segment* segments, int64_t num_segments,
-                   const float* bias, float* y, int64_t first, int64_t last, uint8_t* scratch) {
-    // Block by block, so that streams that several widths share come from memory once.
-    const int64_t stride = num_segments == 1 ? last - first : 1;
-    for (int64_t block = first; block < last; block += stride)
+                   const float* bias, bool accumulate, float* y, int64_t first, int64_t last, uint8_t* scratch) {
+    const Output out = {bias, accumulate, y, weight.out_features};
+    // A few blocks at a time, so that streams that several widths share come from memory once.
+    const int64_t stride = num_segments == 1 ? last - first : kTileBlocks;
+    for (int64_t block = first; block < last; block += stride) {
+        const int64_t end = block + stride < last ? block + stride : last;
         for (int64_t index = 0; index < num_segments; ++index) {
             const Segment& segment = segments[index];
-            const int64_t end = block + stride;
             switch (segment.bit_width) {
-                case 2: linear_segment<2>(weight, x, segment, bias, y, block, end, scratch); break;
-                case 3: linear_segment<3>(weight, x, segment, bias, y, block, end, scratch); break;
-                case 4: linear_segment<4>(weight, x, segment, bias, y, block, end, scratch); break;
-                case 6: linear_segment<6>(weight, x, segment, bias, y, block, end, scratch); break;
-                default: linear_segment<8>(weight, x, segment, bias, y, block, end, scratch); break;
+                case 2: linear_segment<2>(weight, x, segment, out, block, end, scratch); break;
+                case 3: linear_segment<3>(weight, x, segment, out, block, end, scratch); break;
+                case 4: linear_segment<4>(weight, x, segment, out, block, end, scratch); break;
+                case 6: linear_segment<6>(weight, x, segment, out, block, end, scratch); break;
+                default: linear_segment<8>(weight, x, segment, out, block, end, scratch); break;
             }
         }
+    }
 }
 
-// One span; returns the sum of step * q.
-static inline float quantize_span(const float* values, int8_t* out, float* step) {
+// One group; returns the sum of its fixed point numbers times the step.
+template <int kDigits>
+static inline float quantize_group(const float* values, int64_t size, int8_t* high, int8_t* low, float* step) {
+    constexpr float kLargest = (float)largest_activation(kDigits);
     // The bits of magnitudes are in the order of the magnitudes, NaN above infinity above all numbers.
     uint32_t largest = 0;
-    for (int i = 0; i < kSpanInputs; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
         uint32_t bits;
         __builtin_memcpy(&bits, values + i, 4);
         bits &= 0x7FFFFFFF;
@@ -262,29 +378,38 @@ static inline float quantize_span(const float* values, int8_t* out, float* step)
     float magnitude;
     __builtin_memcpy(&magnitude, &largest, 4);
     if (!(magnitude <= 3.4e38f)) {  // NaN or infinite: so are all outputs of this row
-        for (int i = 0; i < kSpanInputs; ++i) out[i] = 0;
+        for (int64_t i = 0; i < size; ++i) high[i] = low[i] = 0;
         *step = __builtin_nanf("");
         return *step;
     }
-    const float inverse = magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
+    const float inverse = magnitude > 1e-30f ? kLargest / magnitude : 0.0f;
     int32_t sum = 0;
-    for (int i = 0; i < kSpanInputs; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
         // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
         const int32_t rounded = (int32_t)((values[i] * inverse + 12582912.0f) - 12582912.0f);
-        out[i] = (int8_t)rounded;
         sum += rounded;
+        if (kDigits == 1) {
+            high[i] = (int8_t)rounded;
+        } else {
+            const int32_t upper = (rounded + 64) >> 7;
+            high[i] = (int8_t)upper;
+            low[i] = (int8_t)(rounded - (upper << 7));
+        }
     }
-    *step = magnitude * (1.0f / 127.0f);
+    *step = magnitude * (1.0f / kLargest);
     return *step * (float)sum;
 }
 
-static void quantize(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int8_t* q,
-                     float* step, float* total) {
-    const int64_t spans_per_group = group_size / kSpanInputs, groups = in_features / group_size;
-    for (int64_t group = first * groups; group < last * groups; ++group) {
-        float sum = 0.0f;
-        for (int64_t span = group * spans_per_group; span < (group + 1) * spans_per_group; ++span)
-            sum += quantize_span(x + span * kSpanInputs, q + span * kSpanInputs, step + span);
-        total[group] = sum;
-    }
+static void quantize(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int num_digits,
+                     int8_t* digits, float* step, float* total) {
+    const int64_t groups = in_features / group_size;
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t group = 0; group < groups; ++group) {
+            const float* values = x + row * in_features + group * group_size;
+            int8_t* high = digits + row * kMaxDigits * in_features + group * group_size;
+            int8_t* low = high + in_features;
+            float* own_step = step + row * groups + group;
+            total[row * groups + group] = num_digits == 1 ? quantize_group<1>(values, group_size, high, low, own_step)
+                                                          : quantize_group<2>(values, group_size, high, low, own_step);
+        }
 }

@@ -8,6 +8,15 @@ namespace anybit {
 
 constexpr int kPageTokens = 64;
 constexpr int kMaxHeadDim = 256;
+// Attention goes page by page within a run of pages, and then run by run: runs can be attended at the same time.
+constexpr int kRunPages = 4;
+constexpr int kStateHead = 16;  // floats before the values of a query's state: largest score, sum of weights, padding
+
+constexpr int64_t state_floats(int64_t head_dim) { return kStateHead + head_dim; }
+// Floats of working memory, a multiple of 16, that `attend` needs.
+constexpr int64_t attend_scratch_floats(int64_t head_dim, int64_t queries) {
+    return 16 * head_dim + queries * kPageTokens + (queries + 15) / 16 * 16;
+}
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
 
@@ -57,6 +66,14 @@ struct AttentionGroup {
     int64_t max_pages;
     const int64_t* row_ids;       // [seqs, tokens]
     const int64_t* block_tables;  // [seqs, max_pages]
+};
+
+// Tokens first .. last-1 of one of a group's sequences, for the query heads of one key head.
+struct AttentionItem {
+    int64_t seq;
+    int64_t kv_head;
+    int64_t first;
+    int64_t last;
 };
 
 struct Batch {

@@ -2,9 +2,11 @@
 //
 // Vector order. Rows come in blocks of 16, inputs in spans of 32. A span of a block is eight steps of 16 rows x 4 inputs:
 // lane l = 0..63 of a step is row l/4 of the block and input 4*step + l%4 of the span, so that one dot-product instruction
-// adds four products to each of 16 rows' sums and no sum ever crosses lanes. A chunk stream of b bits holds a span as b
-// vectors of 64 bytes; the byte of a lane holds that lane's fields of 8/b consecutive steps, the first in the lowest bits.
-// Streams of one chunk follow block by block, span by span. Rows are padded to whole blocks with zero codes.
+// adds four products to each of 16 rows' sums and no sum ever crosses lanes. Steps go in pairs: a decoded byte holds the
+// nibble of step 2p in its lower half and that of step 2p+1 in its upper half, and a stream holds the fields of both at the
+// same distance, so that one shift, or none, brings a pair to its place (kPlaces). A chunk stream of b bits holds a span as
+// b vectors of 64 bytes. Streams of one chunk follow block by block, span by span. Rows are padded to whole blocks with
+// zero codes.
 //
 // The float part of a width: [block][group][16 rows] of scales, and the same of zeros, float16 or float32.
 
@@ -17,11 +19,25 @@ namespace anybit {
 constexpr int kBlockRows = 16;
 constexpr int kSpanInputs = 32;
 constexpr int kSpanSteps = 8;
+constexpr int kSpanPairs = 4;
 constexpr int kLanes = 64;
 constexpr int kNumChunks = 5;  // c2, c3, c4, c6, c8
 constexpr int kChunkBits[kNumChunks] = {2, 1, 1, 2, 2};
 constexpr int kNumWidths = 5;
 constexpr int kWidths[kNumWidths] = {2, 3, 4, 6, 8};
+
+// Where pair p of a span lies in a chunk stream: in vector p / pairs_per_vector, its lower field `shift` bits above where it
+// belongs in a decoded byte (below, if negative). c2 and c6 belong to bits 3,2; c3 to bit 1; c4 to bit 0; c8 to bits 1,0.
+struct Place {
+    int vector;
+    int shift;
+};
+constexpr Place kTwoUpper[kSpanPairs] = {{0, 0}, {0, -2}, {1, 0}, {1, -2}};  // c2, c6
+constexpr Place kOneUpper[kSpanPairs] = {{0, 0}, {0, -1}, {0, 1}, {0, 2}};   // c3
+constexpr Place kOneLower[kSpanPairs] = {{0, 0}, {0, 1}, {0, 2}, {0, 3}};    // c4
+constexpr Place kTwoLower[kSpanPairs] = {{0, 0}, {0, 2}, {1, 0}, {1, 2}};    // c8
+constexpr const Place* kPlaces[kNumChunks] = {kTwoUpper, kOneUpper, kOneLower, kTwoUpper, kTwoLower};
+constexpr int kLowestBit[kNumChunks] = {2, 1, 0, 2, 0};  // of the field in a decoded nibble
 
 // The float part of one width; null where the width was not loaded.
 struct FloatPart {
@@ -42,13 +58,18 @@ struct Weight {
     int64_t num_groups() const { return in_features / group_size; }
 };
 
-// Rows of activations: q is int8 [rows, in]; per (row, span) x = step * q. A span is never larger than a group, so that an
-// outlier costs few others their precision. total is the sum of step * q over a group.
+// Rows of activations as fixed point numbers: per (row, group) x = step * q with q made of int8 digits, d1 or 128 * d1 + d0.
+// The error is below half a step: 1/254 of the group's largest magnitude with one digit, 1/32638 with two. `digits` is
+// [rows, 2, in], d1 first; total is step * sum of q over a group.
 struct Activations {
-    const int8_t* q;
-    const float* step;   // [rows, spans]
+    const int8_t* digits;
+    const float* step;   // [rows, groups]
     const float* total;  // [rows, groups]
 };
+constexpr int kMaxDigits = 2;
+// How many digits the rows of a width have: codes of 2 or 3 bits are far coarser than one digit.
+constexpr int digits_of(int64_t bit_width) { return bit_width <= 3 ? 1 : 2; }
+constexpr int largest_activation(int digits) { return digits == 1 ? 127 : 127 * 128 + 63; }
 
 // Rows first .. last-1 are computed at one width.
 struct Segment {
@@ -57,22 +78,29 @@ struct Segment {
     int64_t last;
 };
 
+// The index of the largest of some numbers, the first of equals; -1 if one of them is not finite.
+struct Likeliest {
+    int64_t index;
+    float logit;
+};
+
 struct Model;
 struct Layer;
 struct Pages;
 struct Batch;
 struct AttentionGroup;
+struct AttentionItem;
 
 // What every instruction set implements; each gives the same bits. "Rows" are first .. last-1 of a batch.
 struct Kernels {
     const char* name;
-    // Rows first .. last-1 of x [rows, in] to int8 with one step per span.
-    void (*quantize)(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int8_t* q,
-                     float* step, float* total);
-    // Outputs of blocks first .. last-1 for all segments: y float32 [rows, out_features], plus bias unless null.
-    // `scratch` holds 32 * in_features bytes, aligned to 64.
+    // Rows first .. last-1 of x [rows, in] to one or two digits with one step per group.
+    void (*quantize)(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int num_digits,
+                     int8_t* digits, float* step, float* total);
+    // Outputs of blocks first .. last-1 for all segments, plus bias unless null: y float32 [rows, out_features], set, or
+    // with `accumulate` added to. `scratch` holds linear_scratch_bytes(rows), aligned to 64.
     void (*linear)(const Weight& weight, const Activations& x, const Segment* segments, int64_t num_segments,
-                   const float* bias, float* y, int64_t first, int64_t last, uint8_t* scratch);
+                   const float* bias, bool accumulate, float* y, int64_t first, int64_t last, uint8_t* scratch);
     // out = x / sqrt(mean(x^2) + eps) * weight per row of `size` numbers, a multiple of 16; in place if out == x.
     void (*rms_norm)(const float* x, const float* weight, int64_t first, int64_t last, int64_t size, float eps,
                      float* out);
@@ -80,19 +108,35 @@ struct Kernels {
     // writes keys and values to their pages.
     void (*rotate_and_write)(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages, float* qkv,
                              int64_t first, int64_t last);
-    // All new tokens first .. last-1 of one sequence and one key head against its pages; writes their part of
-    // out [rows, heads * head_dim]. `scratch` holds 2 * kPageTokens * head_dim floats and head_dim + 2 per query.
+    // New tokens first .. last-1 of one sequence against one key head of the pages of one run (kRunPages): into `states`,
+    // one per token and query head.
     void (*attend)(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
-                   const AttentionGroup& group, int64_t seq, int64_t kv_head, int64_t first, int64_t last,
-                   const float* qkv, float* out, float* scratch);
+                   const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv,
+                   float* states, float* scratch);
+    // into = softmax over what both have seen; `states` of `count` queries each.
+    void (*merge_states)(float* into, const float* from, int64_t count, int64_t head_dim);
+    // The states' weighted means, to their places in out [rows, heads * head_dim].
+    void (*write_attended)(const Model& model, const AttentionGroup& group, const AttentionItem& item,
+                           const float* states, float* out);
     // out [rows, size] = activation(gate) * up of the fused projection [rows, 2 size].
     void (*gate)(int64_t activation, const float* gate_up, int64_t first, int64_t last, int64_t size, float* out);
-    // x += y, `count` numbers from index `first` on.
+    // x += y, numbers first .. last-1.
     void (*add)(float* x, const float* y, int64_t first, int64_t last);
+    // Of numbers first .. last-1.
+    Likeliest (*greedy)(const float* logits, int64_t first, int64_t last);
 };
+
+// Activations of inputs decoded together while many rows are computed: their codes stay in the first-level cache.
+constexpr int64_t kPanelInputs = 512;
+constexpr int64_t kMaxTileBlocks = 2;
+
+constexpr int64_t linear_scratch_bytes(int64_t rows) {
+    return 2 * kMaxTileBlocks * kBlockRows * kPanelInputs + rows * kMaxTileBlocks * kBlockRows * (int64_t)sizeof(float);
+}
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();         // null where this is not x86
+const Kernels* avx2_vnni_kernels();    // null also where the compiler does not know them
 const Kernels* avx512_kernels();       // without byte dot products
 const Kernels* avx512_vnni_kernels();
 

@@ -7,16 +7,15 @@ namespace anybit {
 namespace {
 
 // Where a field of a stream is: the byte of its lane in its span, and how far the field is from bit 0.
-struct Place {
+struct Field {
     int64_t byte;
     int shift;
 
-    Place(int bits, int64_t row_in_block, int64_t input) {
-        const int steps_per_byte = 8 / bits;
+    Field(int chunk, int64_t row_in_block, int64_t input) {
         const int64_t span = input / kSpanInputs, step = input % kSpanInputs / 4;
-        const int64_t lane = 4 * row_in_block + input % 4;
-        byte = (span * bits + step / steps_per_byte) * kLanes + lane;
-        shift = (int)(step % steps_per_byte) * bits;
+        const Place place = kPlaces[chunk][step / 2];
+        byte = (span * kChunkBits[chunk] + place.vector) * kLanes + 4 * row_in_block + input % 4;
+        shift = kLowestBit[chunk] + place.shift + (step % 2 == 0 ? 0 : 4);
     }
 };
 
@@ -36,9 +35,9 @@ float load_number(const void* part, int64_t float_bytes, int64_t index) {
 
 }  // namespace
 
-void pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int bits, uint8_t* packed,
+void pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int chunk, uint8_t* packed,
                 int64_t first, int64_t last) {
-    const int rows_per_byte = 8 / bits, mask = (1 << bits) - 1;
+    const int bits = kChunkBits[chunk], rows_per_byte = 8 / bits, mask = (1 << bits) - 1;
     const int64_t block_bytes = in_features / kSpanInputs * bits * kLanes;
     for (int64_t block = first; block < last; ++block) {
         uint8_t* out = packed + block * block_bytes;
@@ -48,8 +47,8 @@ void pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_featur
             const uint8_t* fields = canonical + stored / rows_per_byte * in_features;
             const int from = 8 - bits * (int)(stored % rows_per_byte + 1);
             for (int64_t input = 0; input < in_features; ++input) {
-                const Place place(bits, row, input);
-                out[place.byte] |= (uint8_t)((fields[input] >> from & mask) << place.shift);
+                const Field field(chunk, row, input);
+                out[field.byte] |= (uint8_t)((fields[input] >> from & mask) << field.shift);
             }
         }
     }
@@ -74,20 +73,24 @@ void decode_row(const Weight& weight, int64_t bit_width, int64_t row, float* out
     while (kWidths[own] != bit_width) ++own;
     const FloatPart& nibble = weight.parts[bit_width > 4 ? 2 : own];
     const FloatPart& part = weight.parts[own];
-    const int num_chunks = own + 1;
-    for (int64_t input = 0; input < weight.in_features; ++input) {
-        int high = 0, low = 0;
-        for (int chunk = 0; chunk < num_chunks; ++chunk) {
-            const int bits = kChunkBits[chunk];
-            const Place place(bits, in_block, input);
-            const uint8_t byte = weight.chunks[chunk][block * weight.num_spans() * bits * kLanes + place.byte];
-            int& code = chunk < 3 ? high : low;
-            code = code << bits | (byte >> place.shift & ((1 << bits) - 1));
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t index = (block * groups + group) * kBlockRows + in_block;
+        const float high_scale = load_number(nibble.scale, weight.float_bytes, index);
+        const float low_scale = bit_width > 4 ? load_number(part.scale, weight.float_bytes, index) : 0.0f;
+        const float zero = load_number(part.zero, weight.float_bytes, index);
+        for (int64_t input = group * weight.group_size; input < (group + 1) * weight.group_size; ++input) {
+            int high = 0, low = 0;
+            for (int chunk = 0; chunk <= own; ++chunk) {
+                const int bits = kChunkBits[chunk];
+                const Field field(chunk, in_block, input);
+                const uint8_t byte = weight.chunks[chunk][block * weight.num_spans() * bits * kLanes + field.byte];
+                int& code = chunk < 3 ? high : low;
+                code = code << bits | (byte >> field.shift & ((1 << bits) - 1));
+            }
+            float value = (float)high * high_scale;
+            if (bit_width > 4) value += (float)low * low_scale;
+            out[input] = value + zero;
         }
-        const int64_t index = (block * groups + input / weight.group_size) * kBlockRows + in_block;
-        float value = (float)high * load_number(nibble.scale, weight.float_bytes, index);
-        if (bit_width > 4) value += (float)low * load_number(part.scale, weight.float_bytes, index);
-        out[input] = value + load_number(part.zero, weight.float_bytes, index);
     }
 }
 

@@ -6,9 +6,9 @@
 
 namespace anybit {
 
-// One chunk stream: canonical is [stored_rows * bits / 8, in] bytes, stored_rows a multiple of 8; packed is
+// One chunk stream of `bits` bits: canonical is [stored_rows * bits / 8, in] bytes, stored_rows a multiple of 8; packed is
 // [blocks][spans][bits * 64] bytes for blocks first .. last-1.
-void pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int bits, uint8_t* packed,
+void pack_chunk(const uint8_t* canonical, int64_t stored_rows, int64_t in_features, int chunk, uint8_t* packed,
                 int64_t first, int64_t last);
 
 // One part of a float part: canonical is [groups, stored_rows] numbers of float_bytes; packed is [blocks][groups][16].

@@ -1,4 +1,4 @@
-// Runs all layers of a decoder over one batch.
+// Runs linears, and all layers of a decoder over one batch.
 
 #pragma once
 
@@ -21,13 +21,13 @@ class Buffer {
     size_t size_ = 0;
 };
 
-// What an operation needs besides its operands.
+// Memory of the operations between calls.
 struct Workspace {
-    Buffer quantized, steps, totals, decoded;                          // of a linear
-    Buffer normed, projected, attended, gate_up, gated, update, heads;  // of a layer
+    Buffer digits, steps, totals, scratch;                      // of a linear
+    Buffer normed, projected, attended, gate_up, gated, update;  // of a layer
+    Buffer states;                                              // of attention
+    Buffer likeliest;                                           // of sampling
 };
-
-int64_t share(int64_t count, int index, int threads);
 
 // y [rows, out] = x [rows, in] times the weight (+ bias), each segment at its width.
 void run_linear(const Kernels& kernels, Workers& workers, Workspace& space, const Linear& linear, const float* x,

@@ -5,9 +5,9 @@
 namespace anybit {
 namespace {
 
-// How long a thread looks for its next task before it sleeps: longer than the gaps within one step of a model, and
+// How long a thread looks for its next task before it sleeps: longer than the gaps between the operations of a step, and
 // far shorter than anybody would notice on a machine that does something else.
-constexpr auto kPatience = std::chrono::microseconds(100);
+constexpr auto kPatience = std::chrono::microseconds(300);
 constexpr int kLooksPerClock = 64;
 
 inline void pause() {
@@ -18,6 +18,10 @@ inline void pause() {
 
 template <typename Condition>
 bool spin_until(Condition condition) {
+    for (int look = 0; look < kLooksPerClock; ++look) {
+        if (condition()) return true;
+        pause();
+    }
     const auto deadline = std::chrono::steady_clock::now() + kPatience;
     do {
         for (int look = 0; look < kLooksPerClock; ++look) {
@@ -56,7 +60,7 @@ void Workers::stop() {
     stopping_ = false;
 }
 
-void Workers::run(void (*task)(void*, int, int), void* context) {
+void Workers::run(void (*task)(void*, Team&), void* context) {
     const int count = size();
     if (count > 1) {
         pending_.store(count - 1, std::memory_order_relaxed);
@@ -68,7 +72,8 @@ void Workers::run(void (*task)(void*, int, int), void* context) {
         }
         wake_.notify_all();
     }
-    task(context, 0, count);
+    Team team(0, count, arrived_, phase_);
+    task(context, team);
     while (pending_.load(std::memory_order_acquire) > 0)
         if (!spin_until([this] { return pending_.load(std::memory_order_acquire) == 0; })) std::this_thread::yield();
 }
@@ -82,9 +87,22 @@ void Workers::loop(int index, uint64_t seen) {
         }
         seen = round_.load(std::memory_order_acquire);
         if (stopping_) return;
-        task_(context_, index, size());
+        Team team(index, size(), arrived_, phase_);
+        task_(context_, team);
         pending_.fetch_sub(1, std::memory_order_release);
     }
+}
+
+void Team::wait_for_all() {
+    if (size_ == 1) return;
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+        arrived_.store(0, std::memory_order_relaxed);
+        phase_.store(phase + 1, std::memory_order_release);
+        return;
+    }
+    // A thread that does not come is not running: others want its core.
+    while (!spin_until([&] { return phase_.load(std::memory_order_acquire) != phase; })) std::this_thread::yield();
 }
 
 }  // namespace anybit

@@ -1,0 +1,48 @@
+// AVX2 with VNNI, as processors for laptops have it: four products and their sum in one instruction.
+
+#include "model.h"
+
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#include <immintrin.h>
+#include "target.h"
+
+ANYBIT_TARGET_BEGIN("avx2,avxvnni,fma,f16c")
+namespace anybit {
+namespace {
+
+#include "avx2_vectors.h"
+
+struct StepSums { __m256i half[2]; };
+inline StepSums zero_step_sums() { return StepSums{}; }
+inline void dot_step(StepSums& sums, Bytes codes, Fours digits) {
+    for (int h = 0; h < 2; ++h) sums.half[h] = _mm256_dpbusd_avx_epi32(sums.half[h], codes.half[h], digits);
+}
+inline void end_span(StepSums&) {}
+inline Ints total(const StepSums& sums) { return {{sums.half[0], sums.half[1]}}; }
+
+using PairSums = StepSums;
+inline PairSums zero_pair_sums() { return zero_step_sums(); }
+inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
+    dot_step(sums, codes.lower, load_four(digits));
+    dot_step(sums, codes.upper, load_four(digits + 4));
+}
+
+#include "linear_kernel.h"
+#include "layer_kernel.h"
+#include "kernels_table.h"
+
+}  // namespace
+
+const Kernels* avx2_vnni_kernels() {
+    static const Kernels kernels = table("avx2_vnni");
+    return &kernels;
+}
+
+}  // namespace anybit
+ANYBIT_TARGET_END
+
+#else
+namespace anybit {
+const Kernels* avx2_vnni_kernels() { return nullptr; }
+}  // namespace anybit
+#endif
