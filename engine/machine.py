@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +12,11 @@ from anybit.engine.config import ConfigError
 from anybit.kernels.cpu.library import get_threads, selected_instruction_set, set_threads
 
 _KEPT_BYTES = 256 << 20
+# Names of /proc/cpuinfo that decide which kernels a processor can run, of x86 and of ARM.
+_KERNEL_FLAGS = (
+    *("f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
 
 
 def physical_cores() -> int:
@@ -22,6 +29,17 @@ def physical_cores() -> int:
     return max(1, len(siblings))
 
 
+def cpu_flags() -> list[str]:
+    """What the processor says it offers, as far as kernels may use it; empty where the system does not tell."""
+    path = Path("/proc/cpuinfo")
+    offered: set[str] = set()
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            offered |= set(value.split())
+    return [flag for flag in _KERNEL_FLAGS if flag in offered]
+
+
 def use_threads(count: int, device: torch.device) -> None:
     """Compute with `count` threads.
 
@@ -30,6 +48,17 @@ def use_threads(count: int, device: torch.device) -> None:
     native = device.type == "cpu" and selected_instruction_set() is not None
     torch.set_num_threads(1 if native else count)
     set_threads(count)
+
+
+@contextmanager
+def torch_on_all_threads() -> Iterator[None]:
+    """Until the block ends PyTorch computes with as many threads as the native kernels do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(get_threads() or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from anybit.engine.assemble import assemble
+from anybit.engine.bench.bandwidth import copy_bytes_per_second
 from anybit.engine.config import EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.machine import resolve_device
 from anybit.engine.precision import Precision
 from anybit.engine.types import GenerationRequest, ModelInfo, SamplingParams
 
-_COPY_BYTES = 256 << 20
 _WARM_UP_STEPS = 2
 
 
@@ -52,20 +52,6 @@ def bench_decode(
             for width, batch in cells
         ],
     }
-
-
-def copy_bytes_per_second(device: torch.device) -> float:
-    """Bytes read plus written per second by a plain copy on the device, the best of a few."""
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * _COPY_BYTES / best
 
 
 def _step_seconds(core: EngineCore, width: int, batch: int, context: int, steps: int, vocab_size: int) -> float:

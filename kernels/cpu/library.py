@@ -40,10 +40,9 @@ class Segment(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The shared library, or None where it was not built; that is logged once, with what to do about it.
 
-    ANYBIT_CPU_KERNELS asks for it: "auto" takes the best instruction set, a name that one. Without it the library stays
-    unused: its int8 activations cost some quality that the portable kernels' 14 bits do not.
+    ANYBIT_CPU_KERNELS says otherwise: "none" leaves the library unused, the name of an instruction set takes that one.
     """
-    wanted = os.environ.get(VARIABLE, "none")
+    wanted = os.environ.get(VARIABLE, "auto")
     if wanted == "none":
         return None
     spec = importlib.util.find_spec(MODULE_NAME)

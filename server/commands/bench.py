@@ -9,7 +9,7 @@ from rich.table import Table
 
 from anybit.engine.config import EngineConfig
 from anybit.engine.weights.resolve import resolve_model
-from anybit.server.commands import bench_serve
+from anybit.server.commands import bench_kernels, bench_serve
 from anybit.server.commands.options import (
     DeviceOption,
     GroupSizeOption,
@@ -19,6 +19,7 @@ from anybit.server.commands.options import (
     ModelArgument,
     SourceOption,
     ThreadsOption,
+    parse_batches,
     parse_bit_widths,
     parse_group_size,
 )
@@ -27,6 +28,7 @@ from anybit.server.commands.preparation import ensure_prepared, stage_progress
 app = typer.Typer(
     help="Measure speed per width: of this machine alone, or of a server under load.", no_args_is_help=True
 )
+app.command("kernels")(bench_kernels.kernels)
 app.command("serve")(bench_serve.serve)
 
 
@@ -47,12 +49,7 @@ def decode(
     json_path: JsonOption = None,
 ) -> None:
     """Tokens per second of the decode loop, end to end without HTTP."""
-    try:
-        batches = [int(part) for part in batch.split(",")]
-    except ValueError:
-        batches = []
-    if not batches or not all(1 <= size <= 256 for size in batches):
-        raise typer.BadParameter(f"{batch!r} is not a list of numbers from 1 to 256.")
+    batches = parse_batches(batch)
     bit_widths = parse_bit_widths(bit_width)
     resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
     ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))

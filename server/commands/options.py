@@ -21,6 +21,17 @@ def parse_bit_widths(text: str) -> tuple[int, ...]:
     return widths
 
 
+def parse_batches(text: str) -> list[int]:
+    """ "1,8" -> numbers of rows computed together, in the order given."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or not all(1 <= size <= 256 for size in batches):
+        raise typer.BadParameter(f"{text!r} is not a list of numbers from 1 to 256.")
+    return batches
+
+
 def parse_group_size(text: str) -> int | None:
     if text == "auto":
         return None

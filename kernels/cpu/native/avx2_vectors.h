@@ -3,7 +3,7 @@
 struct Bytes { __m256i half[2]; };
 struct Ints { __m256i half[2]; };
 struct Floats { __m256 half[2]; };
-constexpr int kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
+constexpr int kDirectBlocks = 1, kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
 
 inline Bytes load(const uint8_t* from) {
     return {{_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 32))}};

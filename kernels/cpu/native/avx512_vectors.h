@@ -3,7 +3,7 @@
 struct Bytes { __m512i v; };
 struct Ints { __m512i v; };
 struct Floats { __m512 v; };
-constexpr int kDirectRows = 2, kTileRows = 4, kTileBlocks = 2;
+constexpr int kDirectBlocks = 2, kDirectRows = 2, kTileRows = 4, kTileBlocks = 2;
 
 inline Bytes load(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
 inline void store(uint8_t* to, Bytes v) { _mm512_storeu_si512(to, v.v); }

@@ -10,7 +10,7 @@ namespace {
 struct Bytes { uint8_t lanes[kLanes]; };
 struct Ints { int32_t lanes[kBlockRows]; };
 struct Floats { float lanes[kBlockRows]; };
-constexpr int kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
+constexpr int kDirectBlocks = 1, kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
 
 inline Bytes load(const uint8_t* from) {
     Bytes v;

@@ -76,17 +76,11 @@ static void rotate_and_write(const Model& model, const Layer& layer, const Batch
     }
 }
 
-// 16 tokens of a page from number `index` on as floats [16, dim]; those from `count` on, which nobody has written, as 0.
-// Meanwhile memory is asked for the 16 tokens at `ahead`, which may be anywhere: computing goes on while they come.
-static inline void load_tokens(const uint8_t* numbers, int64_t index, int64_t count, int64_t dim, int64_t number_bytes,
-                               const uint8_t* ahead, float* out) {
-    const int64_t written = (count < kBlockRows ? count : kBlockRows) * dim;
-    for (int64_t line = 0; line < kBlockRows * dim * number_bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-    if (number_bytes == 4)
-        for (int64_t i = 0; i < written; i += kBlockRows) store_floats(out + i, load_floats((const float*)numbers + index + i));
-    else
-        for (int64_t i = 0; i < written; i += kBlockRows) store_floats(out + i, load_bf16((const uint16_t*)numbers + index + i));
-    for (int64_t i = written; i < kBlockRows * dim; i += kBlockRows) store_floats(out + i, broadcast(0.0f));
+// Vector `index` of numbers of a page.
+template <bool kIsBf16>
+static inline Floats load_numbers(const uint8_t* numbers, int64_t index) {
+    if (kIsBf16) return load_bf16((const uint16_t*)numbers + index);
+    return load_floats((const float*)numbers + index);
 }
 
 static inline Floats soft_capped(Floats scores, float cap) {
@@ -104,38 +98,41 @@ static inline float* values_of(float* state) { return state + kStateHead; }
 // What sums weighted for the score `before` as the largest are multiplied with when it is `now`.
 static inline Floats rescale_factor(float before, float now) { return exp_floats(broadcast(before - now)); }
 
-// totals = totals * rescale + sum over 16 tokens of weight * value, for kVectors vectors of the head; even and odd tokens
-// apart.
-template <int kVectors>
-static inline void add_values(const float* weights, const float* values, int64_t dim, Floats rescale, float* totals) {
-    Floats even[kVectors], odd[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-        even[v] = mul(load_floats(totals + v * kBlockRows), rescale);
-        odd[v] = broadcast(0.0f);
-    }
-    for (int token = 0; token < kBlockRows; token += 2) {
-        const Floats first = broadcast(weights[token]), second = broadcast(weights[token + 1]);
-        const float* row = values + token * dim;
+// kQueries query heads of one token against 16 tokens of a page, kVectors vectors of the head from `d` on. products holds a
+// vector per query and token that grows along the head.
+template <bool kIsBf16, int kQueries, int kVectors>
+static inline void add_products(const float* q, const uint8_t* keys, int64_t dim, int64_t d, Floats* products) {
+    Floats query[kQueries][kVectors];
+    for (int n = 0; n < kQueries; ++n)
+        for (int v = 0; v < kVectors; ++v) query[n][v] = load_floats(q + n * dim + d + v * kBlockRows);
+    for (int token = 0; token < kBlockRows; ++token) {
+        Floats sums[kQueries];
+        for (int n = 0; n < kQueries; ++n) sums[n] = d == 0 ? broadcast(0.0f) : products[n * kBlockRows + token];
         for (int v = 0; v < kVectors; ++v) {
-            even[v] = fma(first, load_floats(row + v * kBlockRows), even[v]);
-            odd[v] = fma(second, load_floats(row + dim + v * kBlockRows), odd[v]);
+            const Floats key = load_numbers<kIsBf16>(keys, token * dim + d + v * kBlockRows);
+            for (int n = 0; n < kQueries; ++n) sums[n] = fma(query[n][v], key, sums[n]);
         }
+        for (int n = 0; n < kQueries; ++n) products[n * kBlockRows + token] = sums[n];
     }
-    for (int v = 0; v < kVectors; ++v) store_floats(totals + v * kBlockRows, add(even[v], odd[v]));
 }
 
-// Scores of one query and 16 tokens; kVectors 0: a head of any size.
-template <int kVectors>
-static inline Floats score_tokens(const float* q, const float* keys, int64_t dim) {
-    Floats products[kBlockRows];
-    const int64_t vectors = kVectors > 0 ? kVectors : dim / kBlockRows;
-    for (int token = 0; token < kBlockRows; ++token) {
-        Floats sum = mul(load_floats(q), load_floats(keys + token * dim));
-        for (int64_t v = 1; v < vectors; ++v)
-            sum = fma(load_floats(q + v * kBlockRows), load_floats(keys + token * dim + v * kBlockRows), sum);
-        products[token] = sum;
-    }
-    return sum_lanes_of_each(products);
+// totals = totals * rescale + sum over `count` tokens of weight * value, for kVectors vectors of the head from `d` on;
+// weights and totals of the next query lie kPageTokens and `stride` further.
+template <bool kIsBf16, int kQueries, int kVectors>
+static inline void add_values(const float* weights, const float* rescales, const uint8_t* values, int64_t count, int64_t dim,
+                              int64_t d, float* totals, int64_t stride) {
+    Floats sums[kQueries][kVectors];
+    for (int n = 0; n < kQueries; ++n)
+        for (int v = 0; v < kVectors; ++v)
+            sums[n][v] = mul(load_floats(totals + n * stride + d + v * kBlockRows), broadcast(rescales[n]));
+    for (int64_t token = 0; token < count; ++token)
+        for (int v = 0; v < kVectors; ++v) {
+            const Floats value = load_numbers<kIsBf16>(values, token * dim + d + v * kBlockRows);
+            for (int n = 0; n < kQueries; ++n)
+                sums[n][v] = fma(broadcast(weights[n * kPageTokens + token]), value, sums[n][v]);
+        }
+    for (int n = 0; n < kQueries; ++n)
+        for (int v = 0; v < kVectors; ++v) store_floats(totals + n * stride + d + v * kBlockRows, sums[n][v]);
 }
 
 // The tokens of a page that one query sees: begin .. end-1.
@@ -183,79 +180,135 @@ static inline Floats weigh(float* scores, const Seen& seen, float* state) {
     return rescale;
 }
 
-static inline void add_all_values(const float* weights, const float* values, int64_t dim, Floats rescale, float* totals) {
-    int64_t d = 0;
-    for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows) add_values<4>(weights, values + d, dim, rescale, totals + d);
-    for (; d < dim; d += kBlockRows) add_values<1>(weights, values + d, dim, rescale, totals + d);
-}
+// One token's query heads of one key head, against the pages of a run.
+struct QueryHeads {
+    const Model& model;
+    const float* q;   // [heads, head_dim]
+    float* states;    // [heads, state_floats]
+    float* scores;    // [heads, kPageTokens]: scores, then weights
+    float* rescales;  // [heads]
 
-constexpr int64_t kAhead = 2 * kBlockRows;
+    // Scores of 16 tokens of a page; `head` is the first of kQueries.
+    template <bool kIsBf16, int kQueries>
+    inline void score(int64_t head, const uint8_t* keys, const Seen& seen, int64_t first) const {
+        const int64_t dim = model.head_dim;
+        Floats products[kQueries * kBlockRows];
+        int64_t d = 0;
+        for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
+            add_products<kIsBf16, kQueries, 4>(q + head * dim, keys, dim, d, products);
+        for (; d < dim; d += kBlockRows) add_products<kIsBf16, kQueries, 1>(q + head * dim, keys, dim, d, products);
+        for (int n = 0; n < kQueries; ++n) {
+            Floats dots = mul(sum_lanes_of_each(products + n * kBlockRows), broadcast(model.attention_scale));
+            if (model.softcap != 0.0f) dots = soft_capped(dots, model.softcap);
+            store_floats(scores + (head + n) * kPageTokens + first, masked_scores(dots, seen, first));
+        }
+    }
+    // Adds the weighted values of 16 tokens.
+    template <bool kIsBf16, int kQueries>
+    inline void add(int64_t head, const uint8_t* values, int64_t count, const Seen& seen, int64_t first) const {
+        const int64_t dim = model.head_dim, stride = state_floats(dim);
+        const float* weights = scores + head * kPageTokens + first;
+        float* totals = values_of(states + head * stride);
+        // Earlier sums are rescaled once, by the first tokens of the page that are seen.
+        float factors[kQueries];
+        for (int n = 0; n < kQueries; ++n) factors[n] = first <= seen.begin ? rescales[head + n] : 1.0f;
+        int64_t d = 0;
+        for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
+            add_values<kIsBf16, kQueries, 4>(weights, factors, values, count, dim, d, totals, stride);
+        for (; d < dim; d += kBlockRows)
+            add_values<kIsBf16, kQueries, 1>(weights, factors, values, count, dim, d, totals, stride);
+    }
+    template <bool kIsBf16, int kQueries>
+    void score_all(int64_t& head, int64_t heads, const uint8_t* keys, const Seen& seen, int64_t first) const {
+        for (; head + kQueries <= heads; head += kQueries) score<kIsBf16, kQueries>(head, keys, seen, first);
+        if constexpr (kQueries > 1) score_all<kIsBf16, kQueries - 1>(head, heads, keys, seen, first);
+    }
+    template <bool kIsBf16, int kQueries>
+    void add_all(int64_t& head, int64_t heads, const uint8_t* values, int64_t count, const Seen& seen, int64_t first) const {
+        for (; head + kQueries <= heads; head += kQueries) add<kIsBf16, kQueries>(head, values, count, seen, first);
+        if constexpr (kQueries > 1) add_all<kIsBf16, kQueries - 1>(head, heads, values, count, seen, first);
+    }
+};
 
-static void attend(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
-                   const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
-                   float* scratch) {
-    const int64_t dim = model.head_dim, heads = model.num_heads, kv_heads = model.num_kv_heads;
-    const int64_t queries_per_head = heads / kv_heads, width = (heads + 2 * kv_heads) * dim, stride = state_floats(dim);
+constexpr int kMaxQueries = 4;             // whose sums fit into registers
+constexpr int64_t kAhead = 2 * kBlockRows;  // memory is asked for tokens so long before they are read
+
+template <bool kIsBf16>
+static void attend_run(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
+                       const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
+                       float* scratch) {
+    constexpr int64_t kNumberBytes = kIsBf16 ? 2 : 4;
+    const int64_t dim = model.head_dim, kv_heads = model.num_kv_heads, heads = model.num_heads / kv_heads;
+    const int64_t width = (model.num_heads + 2 * kv_heads) * dim, stride = state_floats(dim);
     const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
     const int64_t* table = group.block_tables + item.seq * group.max_pages;
-    const int64_t num_queries = (item.last - item.first) * queries_per_head;
-    float* numbers = scratch;                                // keys or values of 16 tokens
-    float* scores = numbers + kBlockRows * dim;              // [queries, kPageTokens]
-    float* rescales = scores + num_queries * kPageTokens;    // [queries]
+    const int64_t num_queries = (item.last - item.first) * heads;
     for (int64_t query = 0; query < num_queries; ++query) {
         float* state = states + query * stride;
         for (int64_t i = 0; i < stride; ++i) state[i] = 0.0f;
         largest_of(state) = -__builtin_inff();
     }
+    const auto heads_of = [&](int64_t token) {
+        const int64_t query = (token - item.first) * heads;
+        return QueryHeads{model, qkv + rows[token] * width + item.kv_head * heads * dim, states + query * stride,
+                          scratch + query * kPageTokens, scratch + num_queries * kPageTokens + query};
+    };
     const int64_t last_position = batch.positions[rows[item.last - 1]];
     const int64_t oldest_seen = layer.window > 0 ? batch.positions[rows[item.first]] - layer.window + 1 : 0;
     for (int64_t page = run * kRunPages; page < (run + 1) * kRunPages && page * kPageTokens <= last_position; ++page) {
-        const int64_t index = (table[page] * kv_heads + item.kv_head) * kPageTokens * dim, start = page * kPageTokens;
+        const int64_t start = page * kPageTokens;
         if (start + kPageTokens <= oldest_seen) continue;
         const int64_t written = last_position - start + 1 < kPageTokens ? last_position - start + 1 : kPageTokens;
-        const int64_t next_page = page + 1 < group.max_pages ? page + 1 : page;
-        const int64_t next_index = (table[next_page] * kv_heads + item.kv_head) * kPageTokens * dim;
-        // What is wanted kAhead tokens after token `first`: of the same numbers, or of those that are read next.
-        const auto ahead = [&](const uint8_t* same, const uint8_t* next, int64_t next_at, int64_t first) {
-            const int64_t wanted = first + kAhead;
-            return wanted < kPageTokens ? same + (index + wanted * dim) * pages.number_bytes
-                                        : next + (next_at + (wanted - kPageTokens) * dim) * pages.number_bytes;
+        const auto seen_by = [&](int64_t token) { return Seen(batch.positions[rows[token]], layer.window, start); };
+        const auto place = [&](const uint8_t* numbers, int64_t of_page) {
+            return numbers + (table[of_page] * kv_heads + item.kv_head) * kPageTokens * dim * kNumberBytes;
         };
-        const auto seen_by = [&](int64_t query) {
-            return Seen(batch.positions[rows[item.first + query / queries_per_head]], layer.window, start);
+        const uint8_t *keys = place(pages.keys, page), *values = place(pages.values, page);
+        const uint8_t* next_keys = place(pages.keys, page + 1 < group.max_pages ? page + 1 : page);
+        // Asks for what is read kAhead tokens after token `first`.
+        const auto ask_ahead = [&](const uint8_t* numbers, const uint8_t* next, int64_t first) {
+            const int64_t wanted = first + kAhead;
+            const uint8_t* from = (wanted < kPageTokens ? numbers + wanted * dim * kNumberBytes
+                                                        : next + (wanted - kPageTokens) * dim * kNumberBytes);
+            for (int64_t byte = 0; byte < kBlockRows * dim * kNumberBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
         };
         for (int64_t first = 0; first < written; first += kBlockRows) {
-            load_tokens(pages.keys, index + first * dim, written - first, dim, pages.number_bytes,
-                        ahead(pages.keys, pages.values, index, first), numbers);
-            for (int64_t query = 0; query < num_queries; ++query) {
-                const Seen seen = seen_by(query);
-                if (!seen.touches(first)) continue;
-                const float* q = qkv + rows[item.first + query / queries_per_head] * width +
-                                 (item.kv_head * queries_per_head + query % queries_per_head) * dim;
-                Floats dots = dim == 64 ? score_tokens<4>(q, numbers, dim) : score_tokens<0>(q, numbers, dim);
-                dots = mul(dots, broadcast(model.attention_scale));
-                if (model.softcap != 0.0f) dots = soft_capped(dots, model.softcap);
-                store_floats(scores + query * kPageTokens + first, masked_scores(dots, seen, first));
+            ask_ahead(keys, values, first);
+            for (int64_t token = item.first; token < item.last; ++token) {
+                int64_t head = 0;
+                const Seen seen = seen_by(token);
+                if (seen.touches(first))
+                    heads_of(token).template score_all<kIsBf16, kMaxQueries>(head, heads, keys + first * dim * kNumberBytes,
+                                                                             seen, first);
             }
         }
-        for (int64_t query = 0; query < num_queries; ++query) {
-            const Seen seen = seen_by(query);
-            if (seen.begin < seen.end)
-                rescales[query] = first_lane(weigh(scores + query * kPageTokens, seen, states + query * stride));
+        for (int64_t token = item.first; token < item.last; ++token) {
+            const Seen seen = seen_by(token);
+            const QueryHeads own = heads_of(token);
+            for (int64_t head = 0; head < heads && seen.begin < seen.end; ++head)
+                own.rescales[head] = first_lane(weigh(own.scores + head * kPageTokens, seen, own.states + head * stride));
         }
         for (int64_t first = 0; first < written; first += kBlockRows) {
-            load_tokens(pages.values, index + first * dim, written - first, dim, pages.number_bytes,
-                        ahead(pages.values, pages.keys, next_index, first), numbers);
-            for (int64_t query = 0; query < num_queries; ++query) {
-                const Seen seen = seen_by(query);
-                if (!seen.touches(first)) continue;
-                // Earlier sums are rescaled once, by the first tokens of the page that are seen.
-                const float rescale = first + kBlockRows > seen.begin && first <= seen.begin ? rescales[query] : 1.0f;
-                add_all_values(scores + query * kPageTokens + first, numbers, dim, broadcast(rescale),
-                               values_of(states + query * stride));
+            ask_ahead(values, next_keys, first);
+            const int64_t count = written - first < kBlockRows ? written - first : kBlockRows;
+            for (int64_t token = item.first; token < item.last; ++token) {
+                int64_t head = 0;
+                const Seen seen = seen_by(token);
+                if (seen.touches(first))
+                    heads_of(token).template add_all<kIsBf16, kMaxQueries>(head, heads, values + first * dim * kNumberBytes,
+                                                                           count, seen, first);
             }
         }
     }
+}
+
+static void attend(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
+                   const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
+                   float* scratch) {
+    if (pages.number_bytes == 2)
+        attend_run<true>(model, layer, batch, pages, group, item, run, qkv, states, scratch);
+    else
+        attend_run<false>(model, layer, batch, pages, group, item, run, qkv, states, scratch);
 }
 
 static void merge_states(float* into, const float* from, int64_t count, int64_t dim) {

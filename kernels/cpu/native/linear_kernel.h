@@ -8,7 +8,7 @@
 //   StepSums  the same for codes that lie one a byte: zero_step_sums, dot_step(sums, codes, four digits), end_span, total
 //   Ints      16 int32: joined(high digit, low digit)
 //   Floats    16 floats: from(Ints), broadcast, load_part, load, store, fma, mul, add
-//   kTileRows, kTileBlocks, kDirectRows   how many rows and blocks are computed together
+//   kTileRows, kTileBlocks, kDirectRows, kDirectBlocks   how many rows and blocks are computed together
 // Sums of integers are exact. All arithmetic that can round is in `add_group`, in an order fixed by the number of groups, so
 // a row's result depends on the row and the width alone, and is the same on every instruction set.
 
@@ -53,6 +53,7 @@ constexpr uint8_t low_mask() {
 struct BlockStreams {
     const uint8_t* chunks[kNumChunks];
 
+    BlockStreams() = default;
     BlockStreams(const Weight& weight, int64_t block, int64_t span) {
         const int64_t vectors = block * weight.num_spans() + span;
         for (int chunk = 0; chunk < kNumChunks; ++chunk)
@@ -127,71 +128,91 @@ struct Output {
     }
 };
 
-// Few rows: codes go from memory through registers into the sums.
-template <int kBits, int kRows>
+// Few rows: codes go from memory through registers into the sums. Blocks are taken together because a block's chain of
+// dependent sums alone would leave the multipliers waiting.
+template <int kBits, int kBlocks, int kRows>
 struct Direct {
-    static constexpr int kNibbles = kBits > 4 ? 2 : 1, kDigits = digits_of(kBits);
+    static constexpr int kNibbles = kBits > 4 ? 2 : 1;
 
-    PairSums high[kRows][kDigits], low[kRows][kDigits];
+    PairSums high[kBlocks][kRows][kDigits], low[kBlocks][kRows][kDigits];
 
     inline void clear() {
-        for (int row = 0; row < kRows; ++row)
-            for (int digit = 0; digit < kDigits; ++digit) {
-                high[row][digit] = zero_pair_sums();
-                if (kNibbles == 2) low[row][digit] = zero_pair_sums();
-            }
+        for (int block = 0; block < kBlocks; ++block)
+            for (int row = 0; row < kRows; ++row)
+                for (int digit = 0; digit < kDigits; ++digit) {
+                    high[block][row][digit] = zero_pair_sums();
+                    if (kNibbles == 2) low[block][row][digit] = zero_pair_sums();
+                }
     }
     template <int kPair>
-    inline void add_pair(const BlockStreams& streams, const int8_t* digits, int64_t in_features) {
-        const Halves high_codes = split(high_pair<kBits, kPair>(streams.chunks), high_mask<kBits>());
-        Halves low_codes;
-        if constexpr (kNibbles == 2) low_codes = split(low_pair<kBits, kPair>(streams.chunks), low_mask<kBits>());
+    inline void add_pair(const BlockStreams* streams, const int8_t* digits, int64_t in_features) {
+        Halves high_codes[kBlocks], low_codes[kBlocks];
+        for (int block = 0; block < kBlocks; ++block) {
+            high_codes[block] = split(high_pair<kBits, kPair>(streams[block].chunks), high_mask<kBits>());
+            if constexpr (kNibbles == 2)
+                low_codes[block] = split(low_pair<kBits, kPair>(streams[block].chunks), low_mask<kBits>());
+        }
         for (int row = 0; row < kRows; ++row)
             for (int digit = 0; digit < kDigits; ++digit) {
-                const int8_t* pair = digits + (row * kMaxDigits + digit) * in_features + 8 * kPair;
-                dot_pair(high[row][digit], high_codes, pair);
-                if constexpr (kNibbles == 2) dot_pair(low[row][digit], low_codes, pair);
+                const int8_t* pair = digits + (row * kDigits + digit) * in_features + 8 * kPair;
+                for (int block = 0; block < kBlocks; ++block) {
+                    dot_pair(high[block][row][digit], high_codes[block], pair);
+                    if constexpr (kNibbles == 2) dot_pair(low[block][row][digit], low_codes[block], pair);
+                }
             }
     }
-    inline void add_span(const BlockStreams& streams, const int8_t* digits, int64_t in_features) {
+    inline void add_span(const BlockStreams* streams, const int8_t* digits, int64_t in_features) {
         add_pair<0>(streams, digits, in_features);
         add_pair<1>(streams, digits, in_features);
         add_pair<2>(streams, digits, in_features);
         add_pair<3>(streams, digits, in_features);
-        for (int row = 0; row < kRows; ++row)
-            for (int digit = 0; digit < kDigits; ++digit) {
-                end_span(high[row][digit]);
-                if (kNibbles == 2) end_span(low[row][digit]);
-            }
+        for (int block = 0; block < kBlocks; ++block)
+            for (int row = 0; row < kRows; ++row)
+                for (int digit = 0; digit < kDigits; ++digit) {
+                    end_span(high[block][row][digit]);
+                    if (kNibbles == 2) end_span(low[block][row][digit]);
+                }
     }
     static inline Ints joined_total(const PairSums* sums) {
-        return kDigits == 1 ? total(sums[0]) : joined(total(sums[0]), total(sums[kDigits - 1]));
+        return joined(total(sums[0]), total(sums[1]));
     }
 
     static void run(const Weight& weight, const FloatParts& parts, const Activations& x, int64_t row, const Output& out,
                     int64_t block) {
         const int64_t groups = weight.num_groups(), spans = weight.group_size / kSpanInputs, in = weight.in_features;
-        const int8_t* digits = x.digits + row * kMaxDigits * in;
-        BlockStreams streams(weight, block, 0);
-        Floats results[kRows];
-        for (int r = 0; r < kRows; ++r) results[r] = broadcast(0.0f);
+        const int8_t* digits = x.digits + row * kDigits * in;
+        BlockStreams streams[kBlocks];
+        Floats results[kBlocks][kRows];
+        for (int b = 0; b < kBlocks; ++b) {
+            streams[b] = BlockStreams(weight, block + b, 0);
+            for (int r = 0; r < kRows; ++r) results[b][r] = broadcast(0.0f);
+        }
         for (int64_t group = 0; group < groups; ++group) {
             Direct sums;
             sums.clear();
             for (int64_t span = 0; span < spans; ++span) {
                 sums.add_span(streams, digits, in);
-                streams.next_span();
+                for (int b = 0; b < kBlocks; ++b) streams[b].next_span();
                 digits += kSpanInputs;
             }
-            const GroupPart<kNibbles> part(parts, (block * groups + group) * kBlockRows);
-            for (int r = 0; r < kRows; ++r) {
-                const int64_t index = (row + r) * groups + group;
-                results[r] = add_group<kNibbles>(results[r], part, parts, joined_total(sums.high[r]),
-                                                 kNibbles == 2 ? joined_total(sums.low[r]) : Ints{}, x.step[index],
-                                                 x.total[index]);
+            for (int b = 0; b < kBlocks; ++b) {
+                const GroupPart<kNibbles> part(parts, ((block + b) * groups + group) * kBlockRows);
+                for (int r = 0; r < kRows; ++r) {
+                    const int64_t index = (row + r) * groups + group;
+                    results[b][r] = add_group<kNibbles>(results[b][r], part, parts, joined_total(sums.high[b][r]),
+                                                        kNibbles == 2 ? joined_total(sums.low[b][r]) : Ints{},
+                                                        x.step[index], x.total[index]);
+                }
             }
         }
-        for (int r = 0; r < kRows; ++r) out.store_block(row + r, block, results[r]);
+        for (int b = 0; b < kBlocks; ++b)
+            for (int r = 0; r < kRows; ++r) out.store_block(row + r, block + b, results[b][r]);
+    }
+
+    static void run_all(const Weight& weight, const FloatParts& parts, const Activations& x, int64_t row, const Output& out,
+                        int64_t block, int64_t last) {
+        for (; block + kBlocks <= last; block += kBlocks) run(weight, parts, x, row, out, block);
+        for (; block < last; ++block) Direct<kBits, 1, kRows>::run(weight, parts, x, row, out, block);
     }
 };
 
@@ -226,7 +247,7 @@ static void decode_panel(const Weight& weight, int64_t block, int64_t num_blocks
 }
 
 // A panel's part in the results of kRows rows and kBlocks blocks.
-template <int kDigits, int kBlocks, int kRows>
+template <int kBlocks, int kRows>
 struct Tile {
     StepSums sums[kBlocks][kRows][kDigits];
 
@@ -240,7 +261,7 @@ struct Tile {
                 for (int block = 0; block < kBlocks; ++block) vectors[block] = load(codes + block * kLanes);
                 for (int row = 0; row < kRows; ++row)
                     for (int digit = 0; digit < kDigits; ++digit) {
-                        const Fours four = load_four(digits + (row * kMaxDigits + digit) * in_features);
+                        const Fours four = load_four(digits + (row * kDigits + digit) * in_features);
                         for (int block = 0; block < kBlocks; ++block)
                             dot_step(sums[block][row][digit], vectors[block], four);
                     }
@@ -253,8 +274,7 @@ struct Tile {
         }
     }
     inline Ints joined_total(int block, int row) const {
-        const StepSums* own = sums[block][row];
-        return kDigits == 1 ? total(own[0]) : joined(total(own[0]), total(own[kDigits - 1]));
+        return joined(total(sums[block][row][0]), total(sums[block][row][1]));
     }
 
     // `partial` [kBlocks][16] of each row, kRows rows: what earlier panels have summed up, and this one adds to.
@@ -265,7 +285,7 @@ struct Tile {
         const int64_t spans = weight.group_size / kSpanInputs, group_codes = weight.group_size / 4 * kBlocks * kLanes;
         Tile tile;
         for (int64_t group = first_group; group < last_group; ++group) {
-            const int8_t* digits = x.digits + row * kMaxDigits * in + group * weight.group_size;
+            const int8_t* digits = x.digits + row * kDigits * in + group * weight.group_size;
             Ints high_sums[kBlocks][kRows];
             if constexpr (kNibbles == 2) {
                 tile.add_group_codes(high + (group - first_group) * group_codes, digits, in, spans);
@@ -290,15 +310,15 @@ struct Tile {
     }
 };
 
-template <int kDigits, int kNibbles, int kBlocks, int kRows>
+template <int kNibbles, int kBlocks, int kRows>
 static inline void run_tiles(const Weight& weight, const FloatParts& parts, const Activations& x, int64_t& row,
                              int64_t last_row, int64_t first_row, int64_t block, int64_t first_group, int64_t last_group,
                              const uint8_t* high, const uint8_t* low, float* partials) {
     for (; row + kRows <= last_row; row += kRows)
-        Tile<kDigits, kBlocks, kRows>::template run<kNibbles>(weight, parts, x, row, block, first_group, last_group, high, low,
+        Tile<kBlocks, kRows>::template run<kNibbles>(weight, parts, x, row, block, first_group, last_group, high, low,
                                                      partials + (row - first_row) * kBlocks * kBlockRows);
     if constexpr (kRows > 1)
-        run_tiles<kDigits, kNibbles, kBlocks, kRows - 1>(weight, parts, x, row, last_row, first_row, block, first_group,
+        run_tiles<kNibbles, kBlocks, kRows - 1>(weight, parts, x, row, last_row, first_row, block, first_group,
                                                          last_group, high, low, partials);
 }
 
@@ -318,7 +338,7 @@ static void tiled_blocks(const Weight& weight, const FloatParts& parts, const Ac
         const int64_t last = first + panel_groups < groups ? first + panel_groups : groups;
         decode_panel<kBits>(weight, block, kBlocks, first * spans_per_group, (last - first) * spans_per_group, high, low);
         int64_t row = segment.first;
-        run_tiles<digits_of(kBits), kNibbles, kBlocks, kMaxDigits / digits_of(kBits) * kTileRows>(weight, parts, x, row, segment.last, segment.first, block,
+        run_tiles<kNibbles, kBlocks, kTileRows>(weight, parts, x, row, segment.last, segment.first, block,
                                                                   first, last, high, low, partials);
     }
     for (int64_t row = 0; row < rows; ++row)
@@ -333,9 +353,9 @@ static void linear_segment(const Weight& weight, const Activations& x, const Seg
     const int64_t rows = segment.last - segment.first;
     int64_t block = first;
     if (rows == 1) {
-        for (; block < last; ++block) Direct<kBits, 1>::run(weight, parts, x, segment.first, out, block);
+        Direct<kBits, kBits == 2 ? kDirectBlocks : 1, 1>::run_all(weight, parts, x, segment.first, out, block, last);
     } else if (rows == 2 && kDirectRows >= 2) {
-        for (; block < last; ++block) Direct<kBits, 2>::run(weight, parts, x, segment.first, out, block);
+        Direct<kBits, 1, 2>::run_all(weight, parts, x, segment.first, out, block, last);
     } else {
         for (; block + kTileBlocks <= last; block += kTileBlocks)
             tiled_blocks<kBits, kTileBlocks>(weight, parts, x, segment, out, block, scratch);
@@ -364,9 +384,7 @@ static void linear(const Weight& weight, const Activations& x, const Segment* se
 }
 
 // One group; returns the sum of its fixed point numbers times the step.
-template <int kDigits>
 static inline float quantize_group(const float* values, int64_t size, int8_t* high, int8_t* low, float* step) {
-    constexpr float kLargest = (float)largest_activation(kDigits);
     // The bits of magnitudes are in the order of the magnitudes, NaN above infinity above all numbers.
     uint32_t largest = 0;
     for (int64_t i = 0; i < size; ++i) {
@@ -382,34 +400,27 @@ static inline float quantize_group(const float* values, int64_t size, int8_t* hi
         *step = __builtin_nanf("");
         return *step;
     }
-    const float inverse = magnitude > 1e-30f ? kLargest / magnitude : 0.0f;
+    const float inverse = magnitude > 1e-30f ? (float)kLargestActivation / magnitude : 0.0f;
     int32_t sum = 0;
     for (int64_t i = 0; i < size; ++i) {
         // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
         const int32_t rounded = (int32_t)((values[i] * inverse + 12582912.0f) - 12582912.0f);
+        const int32_t upper = (rounded + 64) >> 7;
+        high[i] = (int8_t)upper;
+        low[i] = (int8_t)(rounded - (upper << 7));
         sum += rounded;
-        if (kDigits == 1) {
-            high[i] = (int8_t)rounded;
-        } else {
-            const int32_t upper = (rounded + 64) >> 7;
-            high[i] = (int8_t)upper;
-            low[i] = (int8_t)(rounded - (upper << 7));
-        }
     }
-    *step = magnitude * (1.0f / kLargest);
+    *step = magnitude * (1.0f / (float)kLargestActivation);
     return *step * (float)sum;
 }
 
-static void quantize(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int num_digits,
-                     int8_t* digits, float* step, float* total) {
+static void quantize(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int8_t* digits,
+                     float* step, float* total) {
     const int64_t groups = in_features / group_size;
     for (int64_t row = first; row < last; ++row)
         for (int64_t group = 0; group < groups; ++group) {
-            const float* values = x + row * in_features + group * group_size;
-            int8_t* high = digits + row * kMaxDigits * in_features + group * group_size;
-            int8_t* low = high + in_features;
-            float* own_step = step + row * groups + group;
-            total[row * groups + group] = num_digits == 1 ? quantize_group<1>(values, group_size, high, low, own_step)
-                                                          : quantize_group<2>(values, group_size, high, low, own_step);
+            int8_t* high = digits + row * kDigits * in_features + group * group_size;
+            total[row * groups + group] = quantize_group(x + row * in_features + group * group_size, group_size, high,
+                                                         high + in_features, step + row * groups + group);
         }
 }

@@ -14,8 +14,8 @@ constexpr int kStateHead = 16;  // floats before the values of a query's state: 
 
 constexpr int64_t state_floats(int64_t head_dim) { return kStateHead + head_dim; }
 // Floats of working memory, a multiple of 16, that `attend` needs.
-constexpr int64_t attend_scratch_floats(int64_t head_dim, int64_t queries) {
-    return 16 * head_dim + queries * kPageTokens + (queries + 15) / 16 * 16;
+constexpr int64_t attend_scratch_floats(int64_t queries) {
+    return queries * kPageTokens + (queries + 15) / 16 * 16;
 }
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };

@@ -58,18 +58,16 @@ struct Weight {
     int64_t num_groups() const { return in_features / group_size; }
 };
 
-// Rows of activations as fixed point numbers: per (row, group) x = step * q with q made of int8 digits, d1 or 128 * d1 + d0.
-// The error is below half a step: 1/254 of the group's largest magnitude with one digit, 1/32638 with two. `digits` is
-// [rows, 2, in], d1 first; total is step * sum of q over a group.
+// Rows of activations as fixed point numbers: per (row, group) x = step * (128 * d1 + d0) with int8 digits. The error is below
+// half a step, 1/32638 of the group's largest magnitude. `digits` is [rows, 2, in], d1 first; total is step * sum of
+// (128 * d1 + d0) over a group.
 struct Activations {
     const int8_t* digits;
     const float* step;   // [rows, groups]
     const float* total;  // [rows, groups]
 };
-constexpr int kMaxDigits = 2;
-// How many digits the rows of a width have: codes of 2 or 3 bits are far coarser than one digit.
-constexpr int digits_of(int64_t bit_width) { return bit_width <= 3 ? 1 : 2; }
-constexpr int largest_activation(int digits) { return digits == 1 ? 127 : 127 * 128 + 63; }
+constexpr int kDigits = 2;
+constexpr int kLargestActivation = 127 * 128 + 63;
 
 // Rows first .. last-1 are computed at one width.
 struct Segment {
@@ -94,8 +92,8 @@ struct AttentionItem;
 // What every instruction set implements; each gives the same bits. "Rows" are first .. last-1 of a batch.
 struct Kernels {
     const char* name;
-    // Rows first .. last-1 of x [rows, in] to one or two digits with one step per group.
-    void (*quantize)(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int num_digits,
+    // Rows first .. last-1 of x [rows, in] to digits with one step per group.
+    void (*quantize)(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size,
                      int8_t* digits, float* step, float* total);
     // Outputs of blocks first .. last-1 for all segments, plus bias unless null: y float32 [rows, out_features], set, or
     // with `accumulate` added to. `scratch` holds linear_scratch_bytes(rows), aligned to 64.

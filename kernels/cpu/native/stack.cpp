@@ -18,7 +18,7 @@ int64_t aligned(int64_t bytes) { return divided_up(bytes, kAlignment) * kAlignme
 class ActivationSpace {
   public:
     ActivationSpace(Workspace& space, int64_t rows, int64_t max_in_features, int threads)
-        : is_private_(rows < threads), digits_stride_(aligned(rows * kMaxDigits * max_in_features)),
+        : is_private_(rows < threads), digits_stride_(aligned(rows * kDigits * max_in_features)),
           group_stride_(aligned(rows * (max_in_features / kSpanInputs) * (int64_t)sizeof(float)) / (int64_t)sizeof(float)) {
         const int64_t copies = is_private_ ? threads : 1;
         digits_ = space.digits.array<int8_t>(copies * digits_stride_);
@@ -53,12 +53,8 @@ class LinearTask {
         const int64_t first = space_.is_private() ? 0 : team_.first(rows_);
         const int64_t last = space_.is_private() ? rows_ : team_.last(rows_);
         fill(first, last);
-        for (int64_t index = 0; index < num_segments_; ++index) {
-            const Segment& segment = segments_[index];
-            kernels_.quantize(x, std::max(first, segment.first), std::min(last, segment.last), weight.in_features,
-                              weight.group_size, digits_of(segment.bit_width), space_.digits(team_), space_.steps(team_),
-                              space_.totals(team_));
-        }
+        kernels_.quantize(x, first, last, weight.in_features, weight.group_size, space_.digits(team_), space_.steps(team_),
+                          space_.totals(team_));
         if (!space_.is_private()) team_.wait_for_all();
     }
 
@@ -100,7 +96,7 @@ class AttentionTask {
             }
         }
         const int64_t state = state_floats(model.head_dim), tile_queries = kTokenTile * queries_;
-        attend_floats_ = attend_scratch_floats(model.head_dim, tile_queries);
+        attend_floats_ = attend_scratch_floats(tile_queries);
         scratch_stride_ = attend_floats_ + 2 * tile_queries * state;
         scratch_ = space.states.array<float>(scratch_stride_ * threads + states * state);
         run_states_ = scratch_ + scratch_stride_ * threads;

@@ -5,9 +5,10 @@
 namespace anybit {
 namespace {
 
-// How long a thread looks for its next task before it sleeps: longer than the gaps between the operations of a step, and
-// far shorter than anybody would notice on a machine that does something else.
-constexpr auto kPatience = std::chrono::microseconds(300);
+// How long a thread looks for its next task before it sleeps: longer than the gaps between the operations of a step.
+constexpr int64_t kTaskPatience = 300;
+// How long it looks for the others: longer than the parts of a step differ, far shorter than the turn of another process.
+constexpr int64_t kMeetingPatience = 50;
 constexpr int kLooksPerClock = 64;
 
 inline void pause() {
@@ -17,22 +18,48 @@ inline void pause() {
 }
 
 template <typename Condition>
-bool spin_until(Condition condition) {
-    for (int look = 0; look < kLooksPerClock; ++look) {
-        if (condition()) return true;
-        pause();
-    }
-    const auto deadline = std::chrono::steady_clock::now() + kPatience;
-    do {
-        for (int look = 0; look < kLooksPerClock; ++look) {
+bool spin_until(Condition condition, int64_t microseconds) {
+    const auto look = [&] {
+        for (int count = 0; count < kLooksPerClock; ++count) {
             if (condition()) return true;
             pause();
         }
-    } while (std::chrono::steady_clock::now() < deadline);
+        return false;
+    };
+    if (look()) return true;
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(microseconds);
+    while (std::chrono::steady_clock::now() < deadline)
+        if (look()) return true;
     return condition();
 }
 
 }  // namespace
+
+void Signal::advance() {
+    value_.fetch_add(1);
+    if (sleepers_.load() == 0) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }  // who is about to sleep sleeps now
+    wake_.notify_all();
+}
+
+void Signal::wait_while(uint64_t seen, int64_t patience_microseconds) {
+    if (spin_until([&] { return value() != seen; }, patience_microseconds)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, [&] { return value_.load() != seen; });
+    sleepers_.fetch_sub(1);
+}
+
+void Team::wait_for_all() {
+    if (size_ == 1) return;
+    const uint64_t round = meeting_.rounds.value();
+    if (meeting_.arrived.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+        meeting_.arrived.store(0, std::memory_order_relaxed);
+        meeting_.rounds.advance();
+    } else {
+        meeting_.rounds.wait_while(round, kMeetingPatience);
+    }
+}
 
 Workers& Workers::instance() {
     // Never destroyed: threads may outlive the interpreter's own shutdown.
@@ -45,64 +72,37 @@ Workers::~Workers() { stop(); }
 void Workers::resize(int count) {
     if (count == size()) return;
     stop();
-    for (int index = 1; index < count; ++index) threads_.emplace_back(&Workers::loop, this, index, round_.load());
+    for (int index = 1; index < count; ++index) threads_.emplace_back(&Workers::loop, this, index, tasks_.value());
 }
 
 void Workers::stop() {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        stopping_ = true;
-        round_.fetch_add(1);
-    }
-    wake_.notify_all();
+    task_ = nullptr;
+    tasks_.advance();
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
-    stopping_ = false;
 }
 
 void Workers::run(void (*task)(void*, Team&), void* context) {
-    const int count = size();
-    if (count > 1) {
-        pending_.store(count - 1, std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            task_ = task;
-            context_ = context;
-            round_.fetch_add(1, std::memory_order_release);
-        }
-        wake_.notify_all();
+    Team team(0, size(), meeting_);
+    if (team.size() > 1) {
+        task_ = task;
+        context_ = context;
+        tasks_.advance();
     }
-    Team team(0, count, arrived_, phase_);
     task(context, team);
-    while (pending_.load(std::memory_order_acquire) > 0)
-        if (!spin_until([this] { return pending_.load(std::memory_order_acquire) == 0; })) std::this_thread::yield();
+    team.wait_for_all();
 }
 
-// `seen` is the last round before the thread was made: a task given before it runs for the first time is still its task.
+// `seen` is the last task before the thread was made: one given before it runs for the first time is still its task.
 void Workers::loop(int index, uint64_t seen) {
     for (;;) {
-        if (!spin_until([&] { return round_.load(std::memory_order_acquire) != seen; })) {
-            std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
-        }
-        seen = round_.load(std::memory_order_acquire);
-        if (stopping_) return;
-        Team team(index, size(), arrived_, phase_);
+        tasks_.wait_while(seen, kTaskPatience);
+        seen = tasks_.value();
+        if (task_ == nullptr) return;
+        Team team(index, size(), meeting_);
         task_(context_, team);
-        pending_.fetch_sub(1, std::memory_order_release);
+        team.wait_for_all();
     }
-}
-
-void Team::wait_for_all() {
-    if (size_ == 1) return;
-    const int phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-        arrived_.store(0, std::memory_order_relaxed);
-        phase_.store(phase + 1, std::memory_order_release);
-        return;
-    }
-    // A thread that does not come is not running: others want its core.
-    while (!spin_until([&] { return phase_.load(std::memory_order_acquire) != phase; })) std::this_thread::yield();
 }
 
 }  // namespace anybit

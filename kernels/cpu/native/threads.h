@@ -11,11 +11,33 @@
 
 namespace anybit {
 
-// One thread's view of the threads that run the same task.
+// A number that threads wait for to change: they look at it for a while, then sleep, so that a thread that is not running
+// gets their core. On a cache line of its own, as it is looked at while others compute.
+class alignas(64) Signal {
+  public:
+    uint64_t value() const { return value_.load(std::memory_order_acquire); }
+    // Adds 1 and wakes who sleeps.
+    void advance();
+    // Returns once the number is no longer `seen`.
+    void wait_while(uint64_t seen, int64_t patience_microseconds);
+
+  private:
+    std::atomic<uint64_t> value_{0};
+    std::atomic<int> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+};
+
+// The meeting point of the threads that run the same task.
+struct Meeting {
+    alignas(64) std::atomic<int> arrived{0};
+    Signal rounds;
+};
+
+// One thread's view of them.
 class Team {
   public:
-    Team(int index, int size, std::atomic<int>& arrived, std::atomic<int>& phase)
-        : index_(index), size_(size), arrived_(arrived), phase_(phase) {}
+    Team(int index, int size, Meeting& meeting) : index_(index), size_(size), meeting_(meeting) {}
 
     int index() const { return index_; }
     int size() const { return size_; }
@@ -27,7 +49,7 @@ class Team {
 
   private:
     int index_, size_;
-    std::atomic<int>&arrived_, &phase_;
+    Meeting& meeting_;
 };
 
 class Workers {
@@ -54,16 +76,10 @@ class Workers {
     void loop(int index, uint64_t seen);
 
     std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    bool stopping_ = false;
-    void (*task_)(void*, Team&) = nullptr;
+    void (*task_)(void*, Team&) = nullptr;  // null: the threads shall end
     void* context_ = nullptr;
-    // On cache lines of their own: threads look at them while others compute.
-    alignas(64) std::atomic<uint64_t> round_{0};
-    alignas(64) std::atomic<int> pending_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> phase_{0};
+    Signal tasks_;
+    Meeting meeting_;
 };
 
 }  // namespace anybit
