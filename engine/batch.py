@@ -6,6 +6,7 @@ and within a width by sequence. Attention, which knows no width, gathers the row
 
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -82,23 +83,34 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
         else:
             segments.append((sequence.bit_width, row, len(token_ids)))
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    row_positions = tensor(positions)
     completing = [
         (row + chunk.num_tokens - 1, chunk.sequence)
         for row, chunk in zip(first_rows, ordered, strict=True)
         if chunk.completes
     ]
+    groups = _attention_groups(ordered, first_rows)
+    tensors = _tensors(
+        [
+            token_ids,
+            positions,
+            page_ids,
+            [position % PAGE_SIZE for position in positions],
+            [row for row, _ in completing],
+            *(part for group in groups for part in (group.row_ids, group.block_tables, group.positions)),
+        ],
+        device,
+    )
     return BatchPlan(
-        token_ids=tensor(token_ids),
-        positions=row_positions,
-        page_ids=tensor(page_ids),
-        page_offsets=row_positions % PAGE_SIZE,
+        token_ids=tensors[0],
+        positions=tensors[1],
+        page_ids=tensors[2],
+        page_offsets=tensors[3],
         segments=tuple(segments),
-        attention_groups=_attention_groups(ordered, first_rows, row_positions),
-        sampled_rows=tensor([row for row, _ in completing]),
+        attention_groups=tuple(
+            AttentionGroup(*(part.view(group.num_seqs, -1) for part in tensors[first : first + 3]))
+            for first, group in zip(range(5, len(tensors), 3), groups, strict=True)
+        ),
+        sampled_rows=tensors[4],
         sampled=tuple(sequence for _, sequence in completing),
         scored=tuple(
             scored
@@ -106,6 +118,12 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
             if chunk.sequence.wants_prompt_logprobs and (scored := _scored_rows(chunk, row, device)) is not None
         ),
     )
+
+
+def _tensors(lists: ReadOnly[list[int]], device: torch.device | str) -> tuple[Tensor, ...]:
+    """Views of one int64 tensor, as making many small ones would take longer than a layer."""
+    flat = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)
+    return flat.split([len(values) for values in lists])
 
 
 def _scored_rows(chunk: Chunk, first_row: int, device: torch.device | str) -> ScoredRows | None:
@@ -119,9 +137,17 @@ def _scored_rows(chunk: Chunk, first_row: int, device: torch.device | str) -> Sc
     return ScoredRows(sequence, row_ids, sequence.token_ids[first + 1 : last + 1])
 
 
-def _attention_groups(
-    chunks: ReadOnly[Chunk], first_rows: ReadOnly[int], positions: Tensor
-) -> tuple[AttentionGroup, ...]:
+@dataclass(frozen=True, slots=True)
+class _GroupLists:
+    """An AttentionGroup as flat lists."""
+
+    num_seqs: int
+    row_ids: list[int]
+    block_tables: list[int]
+    positions: list[int]
+
+
+def _attention_groups(chunks: ReadOnly[Chunk], first_rows: ReadOnly[int]) -> list[_GroupLists]:
     by_length: dict[int, list[tuple[Chunk, int]]] = {}
     for chunk, row in zip(chunks, first_rows, strict=True):
         by_length.setdefault(chunk.num_tokens, []).append((chunk, row))
@@ -129,17 +155,19 @@ def _attention_groups(
     for num_tokens, members in by_length.items():
         # Several long prompts side by side would pad each other's history: only single tokens share a group.
         for part in [members] if num_tokens == 1 else [[member] for member in members]:
-            groups.append(_attention_group(part, num_tokens, positions))
-    return tuple(groups)
+            groups.append(_attention_group(part, num_tokens))
+    return groups
 
 
-def _attention_group(members: ReadOnly[tuple[Chunk, int]], num_tokens: int, positions: Tensor) -> AttentionGroup:
-    device = positions.device
-    rows = torch.tensor([row for _, row in members], device=device)[:, None] + torch.arange(num_tokens, device=device)
-    tables = []
-    for chunk, _ in members:
-        last = chunk.sequence.num_computed + num_tokens - 1
-        tables.append(chunk.sequence.pages[: last // PAGE_SIZE + 1])
+def _attention_group(members: ReadOnly[tuple[Chunk, int]], num_tokens: int) -> _GroupLists:
+    row_ids: list[int] = []
+    positions: list[int] = []
+    tables: list[list[int]] = []
+    for chunk, row in members:
+        start = chunk.sequence.num_computed
+        row_ids += range(row, row + num_tokens)
+        positions += range(start, start + num_tokens)
+        tables.append(chunk.sequence.pages[: (start + num_tokens - 1) // PAGE_SIZE + 1])
     longest = max(map(len, tables))
-    padded = [table + [table[0]] * (longest - len(table)) for table in tables]
-    return AttentionGroup(rows, torch.tensor(padded, device=device), positions[rows])
+    padded = [page for table in tables for page in table + [table[0]] * (longest - len(table))]
+    return _GroupLists(len(members), row_ids, padded, positions)

@@ -12,9 +12,9 @@ from anybit.engine.types import SamplingParams
 @torch.inference_mode()  # logits of a forward pass may be changed nowhere else
 def adjust_logits(logits: Tensor, sequences: ReadOnly[Sequence]) -> None:
     """Apply each sequence's penalties and biases to its row of float32 logits [sequences, vocab], in place."""
-    for row, sequence in zip(logits, sequences, strict=True):
+    for row, sequence in enumerate(sequences):
         if _changes_logits(sequence.request.sampling):
-            _adjust(row, sequence)
+            _adjust(logits[row], sequence)
 
 
 def _changes_logits(params: SamplingParams) -> bool:

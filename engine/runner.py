@@ -3,6 +3,7 @@
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from anybit.engine.batch import BatchPlan, Chunk, plan_batch
@@ -40,6 +41,7 @@ class Runner:
         self._decoder = decoder
         self._pool = pool
 
+    @torch.inference_mode()
     def run(self, chunks: ReadOnly[Chunk]) -> StepOutput:
         """Compute the chunks."""
         plan = plan_batch(chunks, self._decoder.device)
@@ -62,7 +64,8 @@ class Runner:
         )
 
     def _sample(self, plan: BatchPlan, hidden: Tensor) -> list[SampledToken]:
-        logits = self._decoder.logits(hidden[plan.sampled_rows])
+        # As many as there are rows: then they are the rows, in order.
+        logits = self._decoder.logits(hidden if len(plan.sampled) == hidden.shape[0] else hidden[plan.sampled_rows])
         params = [sequence.request.sampling for sequence in plan.sampled]
         reporting = [row for row, param in enumerate(params) if param.num_logprobs is not None]
         own_logits = logits[reporting] if reporting else None  # a copy, which penalties leave alone

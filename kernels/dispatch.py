@@ -16,6 +16,7 @@ from anybit.kernels.portable import attention as portable_attention
 from anybit.kernels.portable import elementwise
 from anybit.kernels.portable import greedy as portable_greedy
 from anybit.kernels.portable import linear as portable_linear
+from anybit.kernels.portable import norm as portable_norm
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": elementwise.silu, "gelu_tanh": elementwise.gelu_tanh}
 
@@ -65,6 +66,13 @@ def paged_attention(
     return portable_attention.paged_attention(
         q, k_pages, v_pages, block_tables, positions, scale, window=window, softcap=softcap
     )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in x's dtype (arXiv 1910.07467, eq. 4)."""
+    if cpu.can_normalise(x):
+        return cpu.rms_norm(x, weight, eps)
+    return portable_norm.rms_norm(x, weight, eps)
 
 
 def greedy(logits: Tensor) -> Tensor:

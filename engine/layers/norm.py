@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from anybit.kernels import dispatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,4 @@ class RMSNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (wide * scale).mul_(self.weight).to(x.dtype)
+        return dispatch.rms_norm(x, self.weight, self.eps)

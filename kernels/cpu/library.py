@@ -64,6 +64,7 @@ def library() -> ctypes.CDLL | None:
         "anybit_linear": (None, [pointer, pointer, integer, pointer, integer, pointer, pointer]),
         "anybit_stack": (None, [pointer, pointer, pointer, pointer]),
         "anybit_embedding": (None, [pointer, integer, pointer, integer, pointer]),
+        "anybit_rms_norm": (None, [pointer, pointer, integer, integer, ctypes.c_float, pointer]),
         "anybit_greedy": (None, [pointer, integer, integer, pointer]),
         "anybit_read": (ctypes.c_uint64, [pointer, integer]),
     }

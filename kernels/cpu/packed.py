@@ -1,9 +1,9 @@
 """A nested weight in vector order, and the native operations on it.
 
-Activations enter as int8 numbers with one step per (token, group): x ≈ step·q, |q| ≤ 127, an error below 1/254 of the
-group's largest magnitude. Products with codes are summed as integers; the float operations that follow have a fixed
-order. A row's result therefore depends on that row and its width alone, whatever the batch, the threads or the
-instruction set.
+Activations enter as fixed point numbers with one step per (token, group): x ≈ step·(128·d1 + d0) with int8 digits, an error
+below 1/32638 of the group's largest magnitude. Products with codes are summed as integers; the float operations that
+follow have a fixed order. A row's result therefore depends on that row and its width alone, whatever the batch, the
+threads or the instruction set.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels import layout
-from anybit.kernels.cpu.library import FloatPart, Segment, Weight, library
+from anybit.kernels.cpu.library import FloatPart, Segment, Weight, is_native, library
 from anybit.kernels.nested import NestedWeight
 
 BLOCK_ROWS = 16
@@ -110,6 +110,20 @@ def embedding(token_ids: Tensor, weight: PackedWeight, bit_width: int) -> Tensor
     ids = token_ids.contiguous()
     out = torch.empty(ids.numel(), weight.in_features)
     _library().anybit_embedding(ctypes.byref(weight.descriptor), bit_width, ids.data_ptr(), ids.numel(), out.data_ptr())
+    return out
+
+
+def can_normalise(x: Tensor) -> bool:
+    """Whether the native kernels are there and x has their number type and whole vectors."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] % BLOCK_ROWS == 0 and is_native()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, float32 (arXiv 1910.07467, eq. 4)."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    _library().anybit_rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // size, size, eps, out.data_ptr())
     return out
 
 

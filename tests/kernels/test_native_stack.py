@@ -21,12 +21,29 @@ TOKENS = torch.randint(4, 500, (150,), generator=torch.Generator().manual_seed(7
 
 
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
-def decoder(request, tmp_path_factory):
+def checkpoint(request, tmp_path_factory):
     source = HuggingFaceSource(save_llama(tiny_family(*request.param), tmp_path_factory.mktemp("family")))
     directory = tmp_path_factory.mktemp("checkpoint")
     quantize(source, directory, QuantizeOptions())
-    config = json.loads((directory / "config.json").read_text())
-    return decoder_of(config, NestedLoader(CheckpointReader(directory), BIT_WIDTHS, 8))
+    return directory
+
+
+def decoder_from(checkpoint, native):
+    config = json.loads((checkpoint / "config.json").read_text())
+    return decoder_of(config, NestedLoader(CheckpointReader(checkpoint), BIT_WIDTHS, 8, native=native))
+
+
+@pytest.fixture(scope="module")
+def decoder(checkpoint):
+    decoder = decoder_from(checkpoint, native=True)
+    if decoder.native is None:
+        pytest.skip("rows or heads of this shape are not whole vectors")
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def portable(checkpoint):
+    return decoder_from(checkpoint, native=False)
 
 
 def logits(decoder, width=8, kv_format="float32", prompt=120):
@@ -34,22 +51,22 @@ def logits(decoder, width=8, kv_format="float32", prompt=120):
 
 
 def test_native_layers_compute_what_the_layers_one_by_one_do(decoder):
-    if decoder.native is None:
-        pytest.skip("rows or heads of this shape are not whole vectors")
     one_by_one = replace(decoder, native=None)  # the same linears, everything else portable
     for kv_format in ("float32", "bf16"):
         native, portable = (torch.log_softmax(logits(d, 8, kv_format), -1) for d in (decoder, one_by_one))
         difference = (native - portable).abs().mean(1)
-        # What rounds otherwise may turn a quantized activation, or a bf16 key, into its neighbour: rare, but it shows in
-        # all tokens after it; the first token has nothing before it.
-        assert difference[0] < 1e-5
-        assert difference.mean() < 0.03  # int8 activations themselves cost 0.03 to 0.08 on these models
-        assert (native.argmax(-1) == portable.argmax(-1)).float().mean() > 0.95
+        # What rounds otherwise may turn a quantized activation, or a bf16 key, into its neighbour.
+        assert difference.mean() < (1e-3 if kv_format == "float32" else 5e-3)
+        assert (native.argmax(-1) == portable.argmax(-1)).float().mean() > 0.98
+
+
+def test_native_logits_are_those_of_the_portable_kernels(decoder, portable):
+    """Linears included: fifteen bits of activations beside fourteen."""
+    native, expected = (torch.log_softmax(logits(d, 8, "float32"), -1) for d in (decoder, portable))
+    assert (native - expected).abs().mean() < 3e-3  # a single int8 digit costs 0.03 to 0.08
 
 
 def test_every_instruction_set_gives_the_same_bits(decoder):
-    if decoder.native is None:
-        pytest.skip("rows or heads of this shape are not whole vectors")
     results = []
     for name in library.instruction_sets():
         library.select_instruction_set(name)
@@ -62,3 +79,16 @@ def test_cut_of_the_prompt_changes_no_bit(decoder):
     whole = logits(decoder, 4, "bf16", prompt=150)
     assert torch.equal(logits(decoder, 4, "bf16", prompt=64), whole)
     assert torch.equal(logits(decoder, 4, "bf16", prompt=1), whole)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_number_of_threads_changes_no_bit(decoder, num_threads):
+    """Prompts and single tokens, with few rows and with many, over histories of one run of pages and of several."""
+    tokens = TOKENS * 2  # 300: more than the 256 tokens of a run
+    expected = cached_logits(decoder, tokens, 290, 3, "bf16")
+    before = library.get_threads()
+    library.set_threads(num_threads)
+    try:
+        assert torch.equal(cached_logits(decoder, tokens, 290, 3, "bf16"), expected)
+    finally:
+        library.set_threads(before)

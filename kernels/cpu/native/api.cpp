@@ -121,6 +121,11 @@ void anybit_embedding(const Weight* weight, int64_t bit_width, const int64_t* ro
     });
 }
 
+// out [rows, size] = x / sqrt(mean(x^2) + eps) * weight; size a multiple of 16.
+void anybit_rms_norm(const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* out) {
+    kernels().rms_norm(x, weight, 0, rows, size, eps, out);
+}
+
 // Of each of `rows` rows of logits [rows, count] the index of the largest, or -1 if a number is not finite.
 void anybit_greedy(const float* logits, int64_t rows, int64_t count, int64_t* out) {
     std::lock_guard<std::mutex> lock(in_use);
