@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,17 +46,6 @@ def use_threads(count: int, device: torch.device) -> None:
     native = device.type == "cpu" and selected_instruction_set() is not None
     torch.set_num_threads(1 if native else count)
     set_threads(count)
-
-
-@contextmanager
-def torch_on_all_threads() -> Iterator[None]:
-    """Until the block ends PyTorch computes with as many threads as the native kernels do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(get_threads() or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

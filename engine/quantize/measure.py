@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from anybit.engine.config import ConfigError
 from anybit.engine.errors import SourceError
-from anybit.engine.machine import describe_device, keep_freed_memory, resolve_device
+from anybit.engine.machine import describe_device, keep_freed_memory, physical_cores, resolve_device
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config
 from anybit.engine.quantize.evaluate import BUILTIN_TEXT, Variant, builtin_text, evaluate, windows
@@ -22,6 +22,7 @@ from anybit.engine.weights.accounting import effective_bits, linear_entries
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import DenseLoader, NestedLoader
 from anybit.engine.weights.source import SourceModel
+from anybit.kernels.cpu.library import set_threads
 
 Progress = Callable[[int, int], None]
 _QUICK_CONTEXT = 1024
@@ -31,7 +32,8 @@ BASELINES = (MATQUANT_SLICE,)
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """`text` None is the text that ships with the package; `bit_widths` empty means all of the checkpoint."""
+    """`text` None is the text that ships with the package; `bit_widths` empty means all of the checkpoint; `threads` 0
+    the physical cores."""
 
     text: Path | None = None
     context: int = 1024
@@ -41,6 +43,7 @@ class EvalOptions:
     kv_format: str = "bf16"
     baselines: tuple[str, ...] = ()
     device: str = "auto"
+    threads: int = 0
 
 
 def evaluate_checkpoint(
@@ -48,6 +51,10 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """The `eval` report of CONTRACT for a checkpoint; with its source also the float row, KL and top-1 agreement."""
     keep_freed_memory()
+    # The float model is PyTorch's work and the widths that of the native kernels, one after the other.
+    threads = options.threads or physical_cores()
+    set_threads(threads)
+    torch.set_num_threads(threads)
     reader = CheckpointReader(directory)
     made = reader.manifest.bit_widths
     bit_widths = options.bit_widths or made

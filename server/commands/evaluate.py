@@ -18,6 +18,7 @@ from anybit.server.commands.options import (
     MethodOption,
     ModelArgument,
     SourceOption,
+    ThreadsOption,
     parse_bit_widths,
     parse_group_size,
 )
@@ -43,6 +44,7 @@ def evaluate(
     kv_format: Annotated[str, typer.Option(metavar="bf16|float32", help="Format of the KV cache.")] = "bf16",
     lm_head_bits: LmHeadBitsOption = 8,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
     method: MethodOption = "rtn",
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
@@ -55,7 +57,17 @@ def evaluate(
 
     from anybit.engine.quantize.measure import EvalOptions, evaluate_checkpoint  # noqa: PLC0415 - loads torch
 
-    options = EvalOptions(text, context, max_tokens, bit_widths, lm_head_bits, kv_format, tuple(baseline or ()), device)
+    options = EvalOptions(
+        text=text,
+        context=context,
+        max_tokens=max_tokens,
+        bit_widths=bit_widths,
+        lm_head_bits=lm_head_bits,
+        kv_format=kv_format,
+        baselines=tuple(baseline or ()),
+        device=device,
+        threads=threads,
+    )
     unquantized = _find_source(resolved.source, resolved.checkpoint)
     with stage_progress() as progress:
         report = evaluate_checkpoint(

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from anybit.server.cli import app
 from tests.endtoend.command import environment, run_anybit
 
 WIDTHS = [2, 3, 4, 6, 8]
@@ -162,6 +164,40 @@ def test_bench_decode_json_has_the_contracted_shape(tiny_checkpoint: Path, cache
     assert [(row["bit_width"], row["batch"]) for row in report["rows"]] == [(2, 1), (2, 3), (8, 1), (8, 3)]
     keys = {"bit_width", "kv_format", "batch", "context", "tokens_per_second", "step_milliseconds", "floor_share"}
     assert keys <= report["rows"][0].keys()
+
+
+def test_bench_kernels_json_has_the_contracted_shape(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    result = run_anybit(
+        "bench", "kernels", "--device", "cpu", "--shape", "64x64", "--bit-width", "2,8", "--batch", "1,3",
+        "--rotation-mib", "1", "--rounds", "1", "--threads", "1", "--json", out, cache=cache,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "read bandwidth" in result.stdout
+    report = json.loads(out.read_text())
+    assert [(row["bit_width"], row["m"]) for row in report["rows"]] == [(2, 1), (2, 3), (8, 1), (8, 3)]
+    assert {"device", "versions", "copy_gb_per_second", "read_gb_per_second"} <= report.keys()
+    keys = {"op", "out", "in", "m", "bit_width", "group_size", "peer", "microseconds", "bytes", "floor_share"}
+    assert keys <= report["rows"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        (("--shape", "llama-2-70b"), "not a shape"),
+        (("--shape", "64x33"), "not a multiple of 32"),
+        (("--shape", "64x96", "--group-size", "64"), "not a multiple of --group-size 64"),
+        (("--bit-width", "5"), "not a list of bit-widths"),
+        (("--batch", "0"), "not a list of numbers"),
+        (("--device", "cuda"), "CPU only"),
+        (("--json", "/nowhere/report.json"), "no directory"),
+    ],
+)
+def test_bench_kernels_wrong_usage_is_told_before_anything_runs(arguments: tuple[str, ...], telling: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "kernels", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert telling in result.output
+    assert "Traceback" not in result.output
 
 
 def test_chat_switches_width_in_the_middle(tiny_checkpoint: Path, cache: Path) -> None:

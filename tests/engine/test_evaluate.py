@@ -23,7 +23,7 @@ from tests.server.tiny_checkpoint import byte_level_tokenizer
 
 CONTEXT = 70
 WINDOWS = torch.randint(512, (3, CONTEXT), generator=torch.Generator().manual_seed(0)).tolist()
-OPTIONS = EvalOptions(context=CONTEXT, max_tokens=3 * CONTEXT, device="cpu")
+OPTIONS = EvalOptions(context=CONTEXT, max_tokens=3 * CONTEXT, device="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

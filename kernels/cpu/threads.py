@@ -1,0 +1,19 @@
+"""PyTorch's threads beside the native ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from anybit.kernels.cpu.library import get_threads
+
+
+@contextmanager
+def torch_on_all_threads() -> Iterator[None]:
+    """Until the block ends PyTorch computes with as many threads as the native kernels do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(get_threads() or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
