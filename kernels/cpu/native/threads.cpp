@@ -8,7 +8,7 @@ namespace {
 // How long a thread looks for its next task before it sleeps: longer than the gaps between the operations of a step.
 constexpr int64_t kTaskPatience = 300;
 // How long it looks for the others: longer than the parts of a step differ, far shorter than the turn of another process.
-constexpr int64_t kMeetingPatience = 50;
+constexpr int64_t kMeetingPatience = 2000;
 constexpr int kLooksPerClock = 64;
 
 inline void pause() {
