@@ -123,7 +123,7 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
 def _tensors(lists: ReadOnly[list[int]], device: torch.device | str) -> tuple[Tensor, ...]:
     """Views of one int64 tensor, as making many small ones would take longer than a layer."""
     flat = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)
-    return flat.split([len(values) for values in lists])
+    return torch.split(flat, [len(values) for values in lists])
 
 
 def _scored_rows(chunk: Chunk, first_row: int, device: torch.device | str) -> ScoredRows | None:

@@ -17,7 +17,6 @@ class LanguageModelHead(Protocol):
         ...
 
 
-@torch.inference_mode()
 def score_rows(head: LanguageModelHead, hidden: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
     """Log probability of `token_ids[i]` after row i of hidden states [rows, hidden_size]; memory does not grow with rows."""
     scores = []

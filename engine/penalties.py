@@ -9,7 +9,6 @@ from anybit.engine.sequence import Sequence
 from anybit.engine.types import SamplingParams
 
 
-@torch.inference_mode()  # logits of a forward pass may be changed nowhere else
 def adjust_logits(logits: Tensor, sequences: ReadOnly[Sequence]) -> None:
     """Apply each sequence's penalties and biases to its row of float32 logits [sequences, vocab], in place."""
     for row, sequence in enumerate(sequences):

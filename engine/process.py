@@ -1,5 +1,6 @@
 """The engine process: reads messages, steps, answers. Run by `ProcessEngine`, never by hand."""
 
+import gc
 import logging
 import queue
 import signal
@@ -49,6 +50,8 @@ def main(file_descriptor: int) -> int:
         logger.exception("Loading failed.")
         channel.send(Failed(f"The engine could not load the model: {type(error).__name__}: {error}"))
         return 1
+    # What is loaded stays until the end: the collector need not look at it again and again between steps.
+    gc.freeze()
     channel.send(Ready(info))
     try:
         _serve(core, channel)

@@ -65,17 +65,18 @@ class Decoder:
     device: torch.device
     native: NativeLayers | None = None  # all layers in one call, where that is possible
 
-    @torch.inference_mode()
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
         """Compute the plan's rows, extend the KV cache by them, return their last hidden states [rows, hidden_size]."""
-        hidden = self.embedding.embed(plan.token_ids).mul_(self.config.embedding_scale).to(self.dtype)
+        hidden = self.embedding.embed(plan.token_ids)
+        if self.config.embedding_scale != 1:
+            hidden.mul_(self.config.embedding_scale)
+        hidden = hidden.to(self.dtype)
         if self.native is not None:
             return self.native(hidden, plan, pool)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
         return hidden
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [rows, hidden_size] of `forward` to float32 logits [rows, vocab]."""
         logits = self.head.logits(self.norm(hidden)).to(torch.float32)

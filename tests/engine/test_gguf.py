@@ -145,7 +145,9 @@ def test_super_blocks_are_decoded_to_the_right_tensors(tmp_path, kind):
         state[name] = decoded
         assert torch.equal(source.tensor(name), decoded), name
     model.load_state_dict(state)
-    assert (own_logits(source) - transformers_logits(model)).abs().max() < 1e-4
+    expected = transformers_logits(model)
+    # Random blocks give logits of up to 90, of which float32 itself is 1e-3 away from float64.
+    assert (own_logits(source) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_number_format_that_cannot_be_decoded_is_told(model, tmp_path, monkeypatch):

@@ -79,7 +79,9 @@ def test_largest_codes_and_activations_overflow_nothing(instruction_set):
     """Every code and every activation as large as it can be, the other sign in every second row."""
     codes = torch.full((32, 1024), 255, dtype=torch.uint8)
     ones = torch.ones(1024 // 128, 32, dtype=torch.float32)
-    weight = NestedWeight(32, 1024, 128, layout.pack(codes), {width: Affine(ones, -ones) for width in layout.BIT_WIDTHS})
+    weight = NestedWeight(
+        32, 1024, 128, layout.pack(codes), {width: Affine(ones, -ones) for width in layout.BIT_WIDTHS}
+    )
     x = torch.ones(6, 1024)
     x[1::2] = -1
     for width in layout.BIT_WIDTHS:
