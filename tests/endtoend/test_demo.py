@@ -123,7 +123,7 @@ def test_demo_scores_real_text_as_a_direct_pass_does(demo: ServeCommand, demo_ca
     text = builtin_text()[:1500]
     ids = httpx.post(f"{demo.url}/tokenize", json={"prompt": text}).json()["tokens"]
     config = parse_config(json.loads((checkpoint / "config.json").read_text()))
-    decoder = build_decoder(config, NestedLoader(CheckpointReader(checkpoint), WIDTHS, 8, native=False), 512)
+    decoder = build_decoder(config, NestedLoader(CheckpointReader(checkpoint), WIDTHS, 8), 512)
     for width in (8, 4):
         request = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "bit_width": width}
         answer = httpx.post(f"{demo.url}/v1/completions", json=request, timeout=300).json()

@@ -22,7 +22,7 @@ WIDTHS = (2, 3, 4, 6, 8)
 @pytest.fixture(scope="module")
 def decoder(tiny_checkpoint: Path) -> Decoder:
     config = json.loads((tiny_checkpoint / "config.json").read_text())
-    return decoder_of(config, NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8, native=False))
+    return decoder_of(config, NestedLoader(CheckpointReader(tiny_checkpoint), WIDTHS, 8))
 
 
 def prompt_of(length: int) -> list[int]:
