@@ -11,6 +11,7 @@ from anybit.engine.batch import BatchPlan
 from anybit.engine.layers.linear import Linear, NestedLinear
 from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.models.config import DecoderConfig
+from anybit.kernels import fallbacks
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.cpu.stack import LayerStack, StackGroup, StackLayer, StackLinear, StackPages, StackShape
 from anybit.kvcache.pool import KVPool
@@ -58,11 +59,14 @@ def native_layers(config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype
         config.attention_scale,
         config.attention_softcap,
     )
-    if not shape.is_supported or dtype != torch.float32:
-        return None
     described = [_describe(config, index, layer) for index, layer in enumerate(layers)]
     stack_layers = [layer for layer in described if layer is not None]
-    return NativeLayers(LayerStack(shape, stack_layers), len(layers)) if len(stack_layers) == len(layers) else None
+    if len(stack_layers) != len(layers) or dtype != torch.float32:
+        return None
+    if not shape.is_supported:
+        fallbacks.record("decoder_stack", "rows or heads of this model are not whole vectors, so layers run one by one")
+        return None
+    return NativeLayers(LayerStack(shape, stack_layers), len(layers))
 
 
 def _describe(config: DecoderConfig, index: int, layer: "DecoderLayer") -> StackLayer | None:

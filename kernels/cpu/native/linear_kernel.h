@@ -49,6 +49,8 @@ constexpr uint8_t low_mask() {
     return kBits == 6 ? 0x0C : 0x0F;
 }
 
+constexpr int64_t kBytesAhead = 4096;
+
 // Streams of one block from one span on.
 struct BlockStreams {
     const uint8_t* chunks[kNumChunks];
@@ -61,6 +63,14 @@ struct BlockStreams {
     }
     inline void next_span() {
         for (int chunk = 0; chunk < kNumChunks; ++chunk) chunks[chunk] += kChunkBits[chunk] * kLanes;
+    }
+    // Asks memory for a later span of the streams of a width: several short streams at once are more than processors
+    // follow by themselves.
+    template <int kBits>
+    inline void ask_ahead() const {
+        for (int chunk = 0; chunk <= width_index(kBits); ++chunk)
+            for (int vector = 0; vector < kChunkBits[chunk]; ++vector)
+                __builtin_prefetch(chunks[chunk] + kBytesAhead + vector * kLanes, 0, 2);
     }
 };
 
@@ -191,6 +201,7 @@ struct Direct {
             Direct sums;
             sums.clear();
             for (int64_t span = 0; span < spans; ++span) {
+                for (int b = 0; b < kBlocks; ++b) streams[b].template ask_ahead<kBits>();
                 sums.add_span(streams, digits, in);
                 for (int b = 0; b < kBlocks; ++b) streams[b].next_span();
                 digits += kSpanInputs;
