@@ -39,8 +39,6 @@ inline Fours load_four(const int8_t* digits) {
     __builtin_memcpy(&four, digits, 4);
     return _mm256_set1_epi32(four);
 }
-struct Halves { Bytes lower, upper; };
-inline Halves split(Bytes v, uint8_t mask) { return {masked(v, mask), masked(shifted(v, 4), mask)}; }
 inline Floats from(Ints v) { return {{_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])}}; }
 inline Floats broadcast(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
 inline Floats load_floats(const float* from) { return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}}; }

@@ -27,15 +27,7 @@ inline void end_span(StepSums& sums) {
 }
 inline Ints total(const StepSums& sums) { return {{sums.wide[0], sums.wide[1]}}; }
 
-using PairSums = StepSums;
-inline PairSums zero_pair_sums() { return zero_step_sums(); }
-inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
-    dot_step(sums, codes.lower, load_four(digits));
-    dot_step(sums, codes.upper, load_four(digits + 4));
-}
-
-#include "linear_kernel.h"
-#include "layer_kernel.h"
+#include "pairs_by_step.h"
 #include "kernels_table.h"
 
 }  // namespace

@@ -12,9 +12,6 @@ namespace {
 
 #include "avx512_vectors.h"
 
-struct Halves { __m512i lower, upper; };
-inline Halves split(Bytes v, uint8_t mask) { return {masked(v, mask).v, masked(shifted(v, 4), mask).v}; }
-
 // Codes are at most 15 and digits at most 127: the pairs of products of a span's eight steps stay below 2^15.
 struct StepSums { __m512i narrow, wide; };
 inline StepSums zero_step_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
@@ -27,15 +24,7 @@ inline void end_span(StepSums& sums) {
 }
 inline Ints total(const StepSums& sums) { return {sums.wide}; }
 
-using PairSums = StepSums;
-inline PairSums zero_pair_sums() { return zero_step_sums(); }
-inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
-    dot_step(sums, {codes.lower}, load_four(digits));
-    dot_step(sums, {codes.upper}, load_four(digits + 4));
-}
-
-#include "linear_kernel.h"
-#include "layer_kernel.h"
+#include "pairs_by_step.h"
 #include "kernels_table.h"
 
 }  // namespace

@@ -31,8 +31,6 @@ inline void dot_step(StepSums& sums, Bytes codes, Fours digits) { sums.v = _mm51
 inline void end_span(StepSums&) {}
 inline Ints total(const StepSums& sums) { return {sums.v}; }
 
-#include "linear_kernel.h"
-#include "layer_kernel.h"
 #include "kernels_table.h"
 
 }  // namespace

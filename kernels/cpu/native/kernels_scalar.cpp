@@ -36,9 +36,6 @@ inline Ints joined(Ints high, Ints low) {
 }
 using Fours = const int8_t*;
 inline Fours load_four(const int8_t* digits) { return digits; }
-struct Halves { Bytes lower, upper; };
-inline Halves split(Bytes v, uint8_t mask) { return {masked(v, mask), masked(shifted(v, 4), mask)}; }
-
 using StepSums = Ints;
 inline StepSums zero_step_sums() { return Ints{}; }
 inline void dot_step(StepSums& sums, Bytes codes, Fours digits) {
@@ -47,12 +44,6 @@ inline void dot_step(StepSums& sums, Bytes codes, Fours digits) {
 inline void end_span(StepSums&) {}
 inline Ints total(const StepSums& sums) { return sums; }
 
-using PairSums = StepSums;
-inline PairSums zero_pair_sums() { return Ints{}; }
-inline void dot_pair(PairSums& sums, const Halves& codes, const int8_t* digits) {
-    dot_step(sums, codes.lower, digits);
-    dot_step(sums, codes.upper, digits + 4);
-}
 inline Floats from(Ints v) {
     Floats out;
     for (int r = 0; r < kBlockRows; ++r) out.lanes[r] = (float)v.lanes[r];
@@ -148,8 +139,7 @@ inline Floats load_bf16(const uint16_t* from) {
     return out;
 }
 
-#include "linear_kernel.h"
-#include "layer_kernel.h"
+#include "pairs_by_step.h"
 #include "kernels_table.h"
 
 }  // namespace

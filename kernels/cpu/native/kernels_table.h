@@ -1,4 +1,10 @@
-// The table of one instruction set, from the functions that its file has compiled.
+// All kernels of one instruction set, and their table. Included by its source file, inside its namespace and after its
+// vector type (linear_kernel.h says what that offers).
+
+#include "linear_kernel.h"
+#include "activations_kernel.h"
+#include "layer_kernel.h"
+#include "attention_kernel.h"
 
 static inline Kernels table(const char* name) {
     return {name, quantize, linear, rms_norm, rotate_and_write, attend, merge_states, write_attended, gate, add_rows, greedy};

@@ -1,0 +1,265 @@
+// Attention over pages of keys and values, over the same vector type as linear_kernel.h, after layer_kernel.h.
+//
+// Tokens go 16 at a time through the pages of a run, then the runs are merged: in this order whatever the number of threads,
+// the cut of a prompt or the company, so that a query's result depends on its own history alone.
+
+// Vector `index` of numbers of a page.
+template <bool kIsBf16>
+static inline Floats load_numbers(const uint8_t* numbers, int64_t index) {
+    if (kIsBf16) return load_bf16((const uint16_t*)numbers + index);
+    return load_floats((const float*)numbers + index);
+}
+
+static inline Floats soft_capped(Floats scores, float cap) {
+    // cap * tanh(s / cap) = cap - 2 cap / (e^(2 s / cap) + 1)
+    const Floats e = exp_floats(max(broadcast(-80.0f), mul(scores, broadcast(2.0f / cap))));
+    return add(broadcast(cap), div(broadcast(-2.0f * cap), add(e, broadcast(1.0f))));
+}
+
+// What a query has seen so far, as one row of floats: the largest score, the sum of the weights e^(score - largest), and
+// head_dim weighted sums of values.
+static inline float& largest_of(float* state) { return state[0]; }
+static inline float& sum_of(float* state) { return state[1]; }
+static inline float* values_of(float* state) { return state + kStateHead; }
+
+// What sums weighted for the score `before` as the largest are multiplied with when it is `now`.
+static inline Floats rescale_factor(float before, float now) { return exp_floats(broadcast(before - now)); }
+
+// kQueries query heads of one token against 16 tokens of a page, kVectors vectors of the head from `d` on. products holds a
+// vector per query and token that grows along the head.
+template <bool kIsBf16, int kQueries, int kVectors>
+static inline void add_products(const float* q, const uint8_t* keys, int64_t dim, int64_t d, Floats* products) {
+    Floats query[kQueries][kVectors];
+    for (int n = 0; n < kQueries; ++n)
+        for (int v = 0; v < kVectors; ++v) query[n][v] = load_floats(q + n * dim + d + v * kBlockRows);
+    for (int token = 0; token < kBlockRows; ++token) {
+        Floats sums[kQueries];
+        for (int n = 0; n < kQueries; ++n) sums[n] = d == 0 ? broadcast(0.0f) : products[n * kBlockRows + token];
+        for (int v = 0; v < kVectors; ++v) {
+            const Floats key = load_numbers<kIsBf16>(keys, token * dim + d + v * kBlockRows);
+            for (int n = 0; n < kQueries; ++n) sums[n] = fma(query[n][v], key, sums[n]);
+        }
+        for (int n = 0; n < kQueries; ++n) products[n * kBlockRows + token] = sums[n];
+    }
+}
+
+// totals = totals * rescale + sum over `count` tokens of weight * value, for kVectors vectors of the head from `d` on;
+// weights and totals of the next query lie kPageTokens and `stride` further.
+template <bool kIsBf16, int kQueries, int kVectors>
+static inline void add_values(const float* weights, const float* rescales, const uint8_t* values, int64_t count, int64_t dim,
+                              int64_t d, float* totals, int64_t stride) {
+    Floats sums[kQueries][kVectors];
+    for (int n = 0; n < kQueries; ++n)
+        for (int v = 0; v < kVectors; ++v)
+            sums[n][v] = mul(load_floats(totals + n * stride + d + v * kBlockRows), broadcast(rescales[n]));
+    for (int64_t token = 0; token < count; ++token)
+        for (int v = 0; v < kVectors; ++v) {
+            const Floats value = load_numbers<kIsBf16>(values, token * dim + d + v * kBlockRows);
+            for (int n = 0; n < kQueries; ++n)
+                sums[n][v] = fma(broadcast(weights[n * kPageTokens + token]), value, sums[n][v]);
+        }
+    for (int n = 0; n < kQueries; ++n)
+        for (int v = 0; v < kVectors; ++v) store_floats(totals + n * stride + d + v * kBlockRows, sums[n][v]);
+}
+
+// The tokens of a page that one query sees: begin .. end-1.
+struct Seen {
+    int64_t begin, end;
+
+    Seen(int64_t position, int64_t window, int64_t start) {
+        const int64_t oldest = window > 0 ? position - window + 1 : 0;
+        begin = oldest > start ? oldest - start : 0;
+        end = position - start + 1 < kPageTokens ? position - start + 1 : kPageTokens;
+    }
+    // Whether any of the 16 tokens from `first` on is among them.
+    bool touches(int64_t first) const { return begin < first + kBlockRows && first < end && begin < end; }
+    bool contains(int64_t first) const { return begin <= first && first + kBlockRows <= end; }
+};
+
+static inline Floats masked_scores(Floats scores, const Seen& seen, int64_t first) {
+    if (seen.contains(first)) return scores;
+    float lanes[kBlockRows];
+    store_floats(lanes, scores);
+    for (int64_t lane = 0; lane < kBlockRows; ++lane)
+        if (first + lane < seen.begin || first + lane >= seen.end) lanes[lane] = -__builtin_inff();
+    return load_floats(lanes);
+}
+
+// Turns a query's scores of a page into weights, in place; returns what its earlier sums must be multiplied with.
+static inline Floats weigh(float* scores, const Seen& seen, float* state) {
+    Floats largest = broadcast(-__builtin_inff());
+    for (int64_t first = 0; first < kPageTokens; first += kBlockRows)
+        if (seen.touches(first)) largest = max(largest, load_floats(scores + first));
+    const float before = largest_of(state), page_largest = max_lanes(largest);
+    const float now = page_largest > before ? page_largest : before;
+    const Floats rescale = rescale_factor(before, now);
+    Floats sums = broadcast(0.0f);
+    for (int64_t first = 0; first < kPageTokens; first += kBlockRows)
+        if (seen.touches(first)) {
+            // A score of minus infinity must weigh exactly nothing, which exp_floats does not say.
+            const Floats shifted_scores = add(load_floats(scores + first), broadcast(-now));
+            const Floats weights = zero_below(shifted_scores, -87.0f, exp_floats(shifted_scores));
+            store_floats(scores + first, weights);
+            sums = add(sums, weights);
+        }
+    largest_of(state) = now;
+    sum_of(state) = sum_of(state) * first_lane(rescale) + sum_lanes(sums);
+    return rescale;
+}
+
+// One token's query heads of one key head, against the pages of a run.
+struct QueryHeads {
+    const Model& model;
+    const float* q;   // [heads, head_dim]
+    float* states;    // [heads, state_floats]
+    float* scores;    // [heads, kPageTokens]: scores, then weights
+    float* rescales;  // [heads]
+
+    // Scores of 16 tokens of a page; `head` is the first of kQueries.
+    template <bool kIsBf16, int kQueries>
+    inline void score(int64_t head, const uint8_t* keys, const Seen& seen, int64_t first) const {
+        const int64_t dim = model.head_dim;
+        Floats products[kQueries * kBlockRows];
+        int64_t d = 0;
+        for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
+            add_products<kIsBf16, kQueries, 4>(q + head * dim, keys, dim, d, products);
+        for (; d < dim; d += kBlockRows) add_products<kIsBf16, kQueries, 1>(q + head * dim, keys, dim, d, products);
+        for (int n = 0; n < kQueries; ++n) {
+            Floats dots = mul(sum_lanes_of_each(products + n * kBlockRows), broadcast(model.attention_scale));
+            if (model.softcap != 0.0f) dots = soft_capped(dots, model.softcap);
+            store_floats(scores + (head + n) * kPageTokens + first, masked_scores(dots, seen, first));
+        }
+    }
+    // Adds the weighted values of 16 tokens.
+    template <bool kIsBf16, int kQueries>
+    inline void add(int64_t head, const uint8_t* values, int64_t count, const Seen& seen, int64_t first) const {
+        const int64_t dim = model.head_dim, stride = state_floats(dim);
+        const float* weights = scores + head * kPageTokens + first;
+        float* totals = values_of(states + head * stride);
+        // Earlier sums are rescaled once, by the first tokens of the page that are seen.
+        float factors[kQueries];
+        for (int n = 0; n < kQueries; ++n) factors[n] = first <= seen.begin ? rescales[head + n] : 1.0f;
+        int64_t d = 0;
+        for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
+            add_values<kIsBf16, kQueries, 4>(weights, factors, values, count, dim, d, totals, stride);
+        for (; d < dim; d += kBlockRows)
+            add_values<kIsBf16, kQueries, 1>(weights, factors, values, count, dim, d, totals, stride);
+    }
+    template <bool kIsBf16, int kQueries>
+    void score_all(int64_t& head, int64_t heads, const uint8_t* keys, const Seen& seen, int64_t first) const {
+        for (; head + kQueries <= heads; head += kQueries) score<kIsBf16, kQueries>(head, keys, seen, first);
+        if constexpr (kQueries > 1) score_all<kIsBf16, kQueries - 1>(head, heads, keys, seen, first);
+    }
+    template <bool kIsBf16, int kQueries>
+    void add_all(int64_t& head, int64_t heads, const uint8_t* values, int64_t count, const Seen& seen, int64_t first) const {
+        for (; head + kQueries <= heads; head += kQueries) add<kIsBf16, kQueries>(head, values, count, seen, first);
+        if constexpr (kQueries > 1) add_all<kIsBf16, kQueries - 1>(head, heads, values, count, seen, first);
+    }
+};
+
+constexpr int kMaxQueries = 4;             // whose sums fit into registers
+constexpr int64_t kAhead = 2 * kBlockRows;  // memory is asked for tokens so long before they are read
+
+template <bool kIsBf16>
+static void attend_run(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
+                       const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
+                       float* scratch) {
+    constexpr int64_t kNumberBytes = kIsBf16 ? 2 : 4;
+    const int64_t dim = model.head_dim, kv_heads = model.num_kv_heads, heads = model.num_heads / kv_heads;
+    const int64_t width = (model.num_heads + 2 * kv_heads) * dim, stride = state_floats(dim);
+    const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
+    const int64_t* table = group.block_tables + item.seq * group.max_pages;
+    const int64_t num_queries = (item.last - item.first) * heads;
+    for (int64_t query = 0; query < num_queries; ++query) {
+        float* state = states + query * stride;
+        for (int64_t i = 0; i < stride; ++i) state[i] = 0.0f;
+        largest_of(state) = -__builtin_inff();
+    }
+    const auto heads_of = [&](int64_t token) {
+        const int64_t query = (token - item.first) * heads;
+        return QueryHeads{model, qkv + rows[token] * width + item.kv_head * heads * dim, states + query * stride,
+                          scratch + query * kPageTokens, scratch + num_queries * kPageTokens + query};
+    };
+    const int64_t last_position = batch.positions[rows[item.last - 1]];
+    const int64_t oldest_seen = layer.window > 0 ? batch.positions[rows[item.first]] - layer.window + 1 : 0;
+    for (int64_t page = run * kRunPages; page < (run + 1) * kRunPages && page * kPageTokens <= last_position; ++page) {
+        const int64_t start = page * kPageTokens;
+        if (start + kPageTokens <= oldest_seen) continue;
+        const int64_t written = last_position - start + 1 < kPageTokens ? last_position - start + 1 : kPageTokens;
+        const auto seen_by = [&](int64_t token) { return Seen(batch.positions[rows[token]], layer.window, start); };
+        const auto place = [&](const uint8_t* numbers, int64_t of_page) {
+            return numbers + (table[of_page] * kv_heads + item.kv_head) * kPageTokens * dim * kNumberBytes;
+        };
+        const uint8_t *keys = place(pages.keys, page), *values = place(pages.values, page);
+        const uint8_t* next_keys = place(pages.keys, page + 1 < group.max_pages ? page + 1 : page);
+        // Asks for what is read kAhead tokens after token `first`.
+        const auto ask_ahead = [&](const uint8_t* numbers, const uint8_t* next, int64_t first) {
+            const int64_t wanted = first + kAhead;
+            const uint8_t* from = (wanted < kPageTokens ? numbers + wanted * dim * kNumberBytes
+                                                        : next + (wanted - kPageTokens) * dim * kNumberBytes);
+            for (int64_t byte = 0; byte < kBlockRows * dim * kNumberBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+        };
+        for (int64_t first = 0; first < written; first += kBlockRows) {
+            ask_ahead(keys, values, first);
+            for (int64_t token = item.first; token < item.last; ++token) {
+                int64_t head = 0;
+                const Seen seen = seen_by(token);
+                if (seen.touches(first))
+                    heads_of(token).template score_all<kIsBf16, kMaxQueries>(head, heads, keys + first * dim * kNumberBytes,
+                                                                             seen, first);
+            }
+        }
+        for (int64_t token = item.first; token < item.last; ++token) {
+            const Seen seen = seen_by(token);
+            const QueryHeads own = heads_of(token);
+            for (int64_t head = 0; head < heads && seen.begin < seen.end; ++head)
+                own.rescales[head] = first_lane(weigh(own.scores + head * kPageTokens, seen, own.states + head * stride));
+        }
+        for (int64_t first = 0; first < written; first += kBlockRows) {
+            ask_ahead(values, next_keys, first);
+            const int64_t count = written - first < kBlockRows ? written - first : kBlockRows;
+            for (int64_t token = item.first; token < item.last; ++token) {
+                int64_t head = 0;
+                const Seen seen = seen_by(token);
+                if (seen.touches(first))
+                    heads_of(token).template add_all<kIsBf16, kMaxQueries>(head, heads, values + first * dim * kNumberBytes,
+                                                                           count, seen, first);
+            }
+        }
+    }
+}
+
+static void attend(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
+                   const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
+                   float* scratch) {
+    if (pages.number_bytes == 2)
+        attend_run<true>(model, layer, batch, pages, group, item, run, qkv, states, scratch);
+    else
+        attend_run<false>(model, layer, batch, pages, group, item, run, qkv, states, scratch);
+}
+
+static void merge_states(float* into, const float* from, int64_t count, int64_t dim) {
+    const int64_t stride = state_floats(dim);
+    for (int64_t query = 0; query < count; ++query, into += stride, from += stride) {
+        const float before = into[0], other = from[0], now = other > before ? other : before;
+        if (now == -__builtin_inff()) continue;
+        const Floats keep = rescale_factor(before, now), take = rescale_factor(other, now);
+        into[0] = now;
+        into[1] = into[1] * first_lane(keep) + from[1] * first_lane(take);
+        for (int64_t d = kStateHead; d < stride; d += kBlockRows)
+            store_floats(into + d, fma(load_floats(from + d), take, mul(load_floats(into + d), keep)));
+    }
+}
+
+static void write_attended(const Model& model, const AttentionGroup& group, const AttentionItem& item, const float* states,
+                           float* out) {
+    const int64_t dim = model.head_dim, queries_per_head = model.num_heads / model.num_kv_heads;
+    const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
+    for (int64_t token = item.first; token < item.last; ++token)
+        for (int64_t query = 0; query < queries_per_head; ++query, states += state_floats(dim)) {
+            float* result = out + (rows[token] * model.num_heads + item.kv_head * queries_per_head + query) * dim;
+            const Floats sum = broadcast(states[1]);
+            for (int64_t d = 0; d < dim; d += kBlockRows)
+                store_floats(result + d, div(load_floats(states + kStateHead + d), sum));
+        }
+}
