@@ -14,12 +14,14 @@ from tests.fixtures.nested import random_nested, with_noise_below
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the native kernels were not built")
 
-# [out, in, group]: SmolLM2, Qwen2.5-0.5B, a slice of Llama-3-8B, and odd sizes.
+# [out, in, group]: SmolLM2, Qwen2.5-0.5B, rows of Llama-3-8B, and odd sizes.
 SHAPES = [
     (960, 576, 64),
     (576, 1536, 128),
     (1152, 896, 128),
+    (48, 4864, 128),
     (256, 4096, 128),
+    (32, 14336, 128),
     (40, 96, 32),
     (8, 32, 32),
     (100, 160, 32),
