@@ -25,14 +25,27 @@ static inline float* values_of(float* state) { return state + kStateHead; }
 // What sums weighted for the score `before` as the largest are multiplied with when it is `now`.
 static inline Floats rescale_factor(float before, float now) { return exp_floats(broadcast(before - now)); }
 
+// Memory to ask for while 16 tokens are computed, so many bytes a token, or none.
+struct Ahead {
+    const uint8_t* from;
+    int64_t bytes;
+
+    inline void ask(int64_t token) const {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + token * bytes + byte, 0, 2);
+    }
+    Ahead if_first(bool first) const { return {from, first ? bytes : 0}; }
+};
+
 // kQueries query heads of one token against 16 tokens of a page, kVectors vectors of the head from `d` on. products holds a
 // vector per query and token that grows along the head.
 template <bool kIsBf16, int kQueries, int kVectors>
-static inline void add_products(const float* q, const uint8_t* keys, int64_t dim, int64_t d, Floats* products) {
+static inline void add_products(const float* q, const uint8_t* keys, int64_t dim, int64_t d, const Ahead& ahead,
+                                Floats* products) {
     Floats query[kQueries][kVectors];
     for (int n = 0; n < kQueries; ++n)
         for (int v = 0; v < kVectors; ++v) query[n][v] = load_floats(q + n * dim + d + v * kBlockRows);
     for (int token = 0; token < kBlockRows; ++token) {
+        ahead.ask(token);
         Floats sums[kQueries];
         for (int n = 0; n < kQueries; ++n) sums[n] = d == 0 ? broadcast(0.0f) : products[n * kBlockRows + token];
         for (int v = 0; v < kVectors; ++v) {
@@ -47,17 +60,19 @@ static inline void add_products(const float* q, const uint8_t* keys, int64_t dim
 // weights and totals of the next query lie kPageTokens and `stride` further.
 template <bool kIsBf16, int kQueries, int kVectors>
 static inline void add_values(const float* weights, const float* rescales, const uint8_t* values, int64_t count, int64_t dim,
-                              int64_t d, float* totals, int64_t stride) {
+                              int64_t d, const Ahead& ahead, float* totals, int64_t stride) {
     Floats sums[kQueries][kVectors];
     for (int n = 0; n < kQueries; ++n)
         for (int v = 0; v < kVectors; ++v)
             sums[n][v] = mul(load_floats(totals + n * stride + d + v * kBlockRows), broadcast(rescales[n]));
-    for (int64_t token = 0; token < count; ++token)
+    for (int64_t token = 0; token < count; ++token) {
+        ahead.ask(token);
         for (int v = 0; v < kVectors; ++v) {
             const Floats value = load_numbers<kIsBf16>(values, token * dim + d + v * kBlockRows);
             for (int n = 0; n < kQueries; ++n)
                 sums[n][v] = fma(broadcast(weights[n * kPageTokens + token]), value, sums[n][v]);
         }
+    }
     for (int n = 0; n < kQueries; ++n)
         for (int v = 0; v < kVectors; ++v) store_floats(totals + n * stride + d + v * kBlockRows, sums[n][v]);
 }
@@ -117,13 +132,14 @@ struct QueryHeads {
 
     // Scores of 16 tokens of a page; `head` is the first of kQueries.
     template <bool kIsBf16, int kQueries>
-    inline void score(int64_t head, const uint8_t* keys, const Seen& seen, int64_t first) const {
+    inline void score(int64_t head, const uint8_t* keys, const Seen& seen, int64_t first, const Ahead& ahead) const {
         const int64_t dim = model.head_dim;
         Floats products[kQueries * kBlockRows];
         int64_t d = 0;
         for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
-            add_products<kIsBf16, kQueries, 4>(q + head * dim, keys, dim, d, products);
-        for (; d < dim; d += kBlockRows) add_products<kIsBf16, kQueries, 1>(q + head * dim, keys, dim, d, products);
+            add_products<kIsBf16, kQueries, 4>(q + head * dim, keys, dim, d, ahead.if_first(head == 0 && d == 0), products);
+        for (; d < dim; d += kBlockRows)
+            add_products<kIsBf16, kQueries, 1>(q + head * dim, keys, dim, d, ahead.if_first(head == 0 && d == 0), products);
         for (int n = 0; n < kQueries; ++n) {
             Floats dots = mul(sum_lanes_of_each(products + n * kBlockRows), broadcast(model.attention_scale));
             if (model.softcap != 0.0f) dots = soft_capped(dots, model.softcap);
@@ -132,7 +148,8 @@ struct QueryHeads {
     }
     // Adds the weighted values of 16 tokens.
     template <bool kIsBf16, int kQueries>
-    inline void add(int64_t head, const uint8_t* values, int64_t count, const Seen& seen, int64_t first) const {
+    inline void add(int64_t head, const uint8_t* values, int64_t count, const Seen& seen, int64_t first,
+                    const Ahead& ahead) const {
         const int64_t dim = model.head_dim, stride = state_floats(dim);
         const float* weights = scores + head * kPageTokens + first;
         float* totals = values_of(states + head * stride);
@@ -141,24 +158,28 @@ struct QueryHeads {
         for (int n = 0; n < kQueries; ++n) factors[n] = first <= seen.begin ? rescales[head + n] : 1.0f;
         int64_t d = 0;
         for (; d + 4 * kBlockRows <= dim; d += 4 * kBlockRows)
-            add_values<kIsBf16, kQueries, 4>(weights, factors, values, count, dim, d, totals, stride);
+            add_values<kIsBf16, kQueries, 4>(weights, factors, values, count, dim, d, ahead.if_first(head == 0 && d == 0),
+                                             totals, stride);
         for (; d < dim; d += kBlockRows)
-            add_values<kIsBf16, kQueries, 1>(weights, factors, values, count, dim, d, totals, stride);
+            add_values<kIsBf16, kQueries, 1>(weights, factors, values, count, dim, d, ahead.if_first(head == 0 && d == 0),
+                                             totals, stride);
     }
     template <bool kIsBf16, int kQueries>
-    void score_all(int64_t& head, int64_t heads, const uint8_t* keys, const Seen& seen, int64_t first) const {
-        for (; head + kQueries <= heads; head += kQueries) score<kIsBf16, kQueries>(head, keys, seen, first);
-        if constexpr (kQueries > 1) score_all<kIsBf16, kQueries - 1>(head, heads, keys, seen, first);
+    void score_all(int64_t& head, int64_t heads, const uint8_t* keys, const Seen& seen, int64_t first,
+                   const Ahead& ahead) const {
+        for (; head + kQueries <= heads; head += kQueries) score<kIsBf16, kQueries>(head, keys, seen, first, ahead);
+        if constexpr (kQueries > 1) score_all<kIsBf16, kQueries - 1>(head, heads, keys, seen, first, ahead);
     }
     template <bool kIsBf16, int kQueries>
-    void add_all(int64_t& head, int64_t heads, const uint8_t* values, int64_t count, const Seen& seen, int64_t first) const {
-        for (; head + kQueries <= heads; head += kQueries) add<kIsBf16, kQueries>(head, values, count, seen, first);
-        if constexpr (kQueries > 1) add_all<kIsBf16, kQueries - 1>(head, heads, values, count, seen, first);
+    void add_all(int64_t& head, int64_t heads, const uint8_t* values, int64_t count, const Seen& seen, int64_t first,
+                 const Ahead& ahead) const {
+        for (; head + kQueries <= heads; head += kQueries) add<kIsBf16, kQueries>(head, values, count, seen, first, ahead);
+        if constexpr (kQueries > 1) add_all<kIsBf16, kQueries - 1>(head, heads, values, count, seen, first, ahead);
     }
 };
 
 constexpr int kMaxQueries = 4;             // whose sums fit into registers
-constexpr int64_t kAhead = 2 * kBlockRows;  // memory is asked for tokens so long before they are read
+constexpr int64_t kAhead = 4 * kBlockRows;  // memory is asked for tokens so long before they are read
 
 template <bool kIsBf16>
 static void attend_run(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
@@ -192,21 +213,20 @@ static void attend_run(const Model& model, const Layer& layer, const Batch& batc
         };
         const uint8_t *keys = place(pages.keys, page), *values = place(pages.values, page);
         const uint8_t* next_keys = place(pages.keys, page + 1 < group.max_pages ? page + 1 : page);
-        // Asks for what is read kAhead tokens after token `first`.
-        const auto ask_ahead = [&](const uint8_t* numbers, const uint8_t* next, int64_t first) {
-            const int64_t wanted = first + kAhead;
-            const uint8_t* from = (wanted < kPageTokens ? numbers + wanted * dim * kNumberBytes
-                                                        : next + (wanted - kPageTokens) * dim * kNumberBytes);
-            for (int64_t byte = 0; byte < kBlockRows * dim * kNumberBytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+        // What is read kAhead tokens after token `first`.
+        const auto after = [&](const uint8_t* numbers, const uint8_t* next, int64_t first) {
+            const int64_t wanted = first + kAhead, token_bytes = dim * kNumberBytes;
+            return Ahead{wanted < kPageTokens ? numbers + wanted * token_bytes : next + (wanted - kPageTokens) * token_bytes,
+                         token_bytes};
         };
         for (int64_t first = 0; first < written; first += kBlockRows) {
-            ask_ahead(keys, values, first);
+            const Ahead ahead = after(keys, values, first);
             for (int64_t token = item.first; token < item.last; ++token) {
                 int64_t head = 0;
                 const Seen seen = seen_by(token);
                 if (seen.touches(first))
                     heads_of(token).template score_all<kIsBf16, kMaxQueries>(head, heads, keys + first * dim * kNumberBytes,
-                                                                             seen, first);
+                                                                             seen, first, ahead.if_first(token == item.first));
             }
         }
         for (int64_t token = item.first; token < item.last; ++token) {
@@ -216,14 +236,15 @@ static void attend_run(const Model& model, const Layer& layer, const Batch& batc
                 own.rescales[head] = first_lane(weigh(own.scores + head * kPageTokens, seen, own.states + head * stride));
         }
         for (int64_t first = 0; first < written; first += kBlockRows) {
-            ask_ahead(values, next_keys, first);
+            const Ahead ahead = after(values, next_keys, first);
             const int64_t count = written - first < kBlockRows ? written - first : kBlockRows;
             for (int64_t token = item.first; token < item.last; ++token) {
                 int64_t head = 0;
                 const Seen seen = seen_by(token);
                 if (seen.touches(first))
                     heads_of(token).template add_all<kIsBf16, kMaxQueries>(head, heads, values + first * dim * kNumberBytes,
-                                                                           count, seen, first);
+                                                                           count, seen, first,
+                                                                           ahead.if_first(token == item.first));
             }
         }
     }
