@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from anybit.kernels.cpu import choose_codes as cpu_codes
 from anybit.kernels.cpu import packed as cpu
 from anybit.kernels.cpu.library import is_native
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable import attention as portable_attention
+from anybit.kernels.portable import choose_codes as portable_codes
 from anybit.kernels.portable import elementwise
 from anybit.kernels.portable import greedy as portable_greedy
 from anybit.kernels.portable import linear as portable_linear
 from anybit.kernels.portable import norm as portable_norm
+from anybit.kernels.portable.fixed_point import ACTIVATION_ERROR as PORTABLE_ACTIVATION_ERROR
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": elementwise.silu, "gelu_tanh": elementwise.gelu_tanh}
 
@@ -43,6 +46,11 @@ def linear(x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bi
     parts = [portable_linear.linear(x[start:stop], weight, width) for width, start, stop in segments]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y if bias is None else y + bias
+
+
+def activation_error(weight: ServedWeight) -> float:
+    """How far activations may be from what `linear` multiplies with this weight, as a share of their group's largest."""
+    return cpu.ACTIVATION_ERROR if isinstance(weight, PackedWeight) else PORTABLE_ACTIVATION_ERROR
 
 
 def embedding(token_ids: Tensor, weight: ServedWeight, bit_width: int) -> Tensor:
@@ -85,3 +93,24 @@ def greedy(logits: Tensor) -> Tensor:
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap·tanh(x/cap), in place."""
     return elementwise.softcap_(x, cap)
+
+
+def choose_codes(
+    targets: Tensor,
+    origin: Tensor | None,
+    coupling: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    shifts: Sequence[int],
+    num_codes: int,
+) -> tuple[Tensor, Tensor]:
+    """The integer step of the solvers; contract and shapes in `kernels.portable.choose_codes.choose_codes`."""
+    arguments = (targets, origin, coupling, weights, scale, zero, shifts, num_codes)
+    if targets.is_cuda:
+        from anybit.kernels.triton import choose_codes as triton_codes  # noqa: PLC0415 - Triton is slow to load
+
+        return triton_codes.choose_codes(*arguments)
+    if cpu_codes.can_choose_codes(targets, num_codes):
+        return cpu_codes.choose_codes(*arguments)
+    return portable_codes.choose_codes(*arguments)

@@ -3,6 +3,8 @@
 Nothing here is tuned and nothing here is used while serving. Arithmetic is float32 unless the inputs are float64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,42 @@ def paged_attention(
                     scores = softcap * torch.tanh(scores / softcap)
                 out[seq, token, head] = torch.softmax(scores, 0) @ values[seen, head // group]
     return out.float()
+
+
+def choose_codes(
+    targets: Tensor,
+    origin: Tensor | None,
+    coupling: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    shifts: Sequence[int],
+    num_codes: int,
+) -> tuple[Tensor, Tensor]:
+    """The integer step of the solvers, code by code, in float64; shapes in `kernels.portable.choose_codes`.
+
+    Returns codes uint8 [out, columns] and, per code, how much worse each was than the next best: float64 [out, columns].
+    """
+    widths, rows, columns = targets.shape
+    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    margins = torch.zeros(rows, columns, dtype=torch.float64)
+    for row in range(rows):
+        wanted = targets[:, row].double().clone()
+        levels = torch.tensor(
+            [
+                [float(scale[r, row]) * (code >> shifts[r]) + float(zero[r, row]) for code in range(num_codes)]
+                for r in range(widths)
+            ],
+            dtype=torch.float64,
+        )
+        for j in range(columns):
+            costs = torch.zeros(num_codes, dtype=torch.float64)
+            for r in range(widths):
+                costs += float(weights[r, j]) * (wanted[r, j] - levels[r]) ** 2
+            order = costs.argsort(stable=True)
+            codes[row, j] = order[0]
+            margins[row, j] = costs[order[1]] - costs[order[0]]
+            for r in range(widths):
+                start = wanted[r, j] if origin is None else origin[r, row, j].double()
+                wanted[r, j + 1 :] += (start - levels[r, order[0]]) * coupling[r, j, j + 1 :].double()
+    return codes, margins

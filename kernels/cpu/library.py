@@ -66,6 +66,7 @@ def library() -> ctypes.CDLL | None:
         "anybit_embedding": (None, [pointer, integer, pointer, integer, pointer]),
         "anybit_rms_norm": (None, [pointer, pointer, integer, integer, ctypes.c_float, pointer]),
         "anybit_greedy": (None, [pointer, integer, integer, pointer]),
+        "anybit_choose_codes": (None, [pointer]),
         "anybit_read": (ctypes.c_uint64, [pointer, integer]),
     }
     for name, (result, arguments) in signatures.items():

@@ -18,6 +18,8 @@ from anybit.kernels.cpu.library import FloatPart, Segment, Weight, is_native, li
 from anybit.kernels.nested import NestedWeight
 
 BLOCK_ROWS = 16
+ACTIVATION_ERROR = 1 / 32638
+"""Largest error of an activation as a share of its group's largest magnitude."""
 _LANES = 64
 _SPAN_INPUTS = 32
 

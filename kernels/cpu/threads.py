@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from anybit.kernels.cpu.library import get_threads
+from anybit.kernels.cpu.library import get_threads, set_threads
 
 
 @contextmanager
@@ -17,3 +17,16 @@ def torch_on_all_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Until the block ends PyTorch and the native kernels compute on the caller's thread alone; results stay the same."""
+    before, native_before = torch.get_num_threads(), get_threads()
+    torch.set_num_threads(1)
+    set_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        set_threads(native_before or before)

@@ -18,6 +18,8 @@ from anybit.kernels import fallbacks
 _DIGIT_BASE = 128  # q = 128·d1 + d0 with |d1|, |d0| ≤ 64: digits small enough that no int8 kernel can saturate
 _LARGEST = 63 * _DIGIT_BASE + 63
 _MAX_CODE = 15
+ACTIVATION_ERROR = 1 / (2 * _LARGEST)
+"""Largest error of an activation as a share of its group's largest magnitude."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,13 @@ void anybit_greedy(const float* logits, int64_t rows, int64_t count, int64_t* ou
     }
 }
 
+void anybit_choose_codes(const CodeBlock* block) {
+    std::lock_guard<std::mutex> lock(in_use);
+    Workers::instance().each([&](Team& team) {
+        kernels().choose_codes(*block, team.first(block->rows), team.last(block->rows));
+    });
+}
+
 // Reads `bytes` bytes at `from` once on all threads; returns their sum, so that nothing is left out.
 uint64_t anybit_read(const uint64_t* from, int64_t bytes) {
     std::lock_guard<std::mutex> lock(in_use);

@@ -5,7 +5,9 @@
 #include "activations_kernel.h"
 #include "layer_kernel.h"
 #include "attention_kernel.h"
+#include "choose_codes_kernel.h"
 
 static inline Kernels table(const char* name) {
-    return {name, quantize, linear, rms_norm, rotate_and_write, attend, merge_states, write_attended, gate, add_rows, greedy};
+    return {name, quantize, linear, rms_norm, rotate_and_write, attend, merge_states, write_attended, gate, add_rows, greedy,
+            choose_codes};
 }

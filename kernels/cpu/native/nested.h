@@ -82,6 +82,25 @@ struct Likeliest {
     float logit;
 };
 
+// Columns of one group whose codes are chosen one after the other, each for all widths at once; fields are contiguous.
+struct CodeBlock {
+    int64_t num_widths;
+    int64_t rows;
+    int64_t columns;    // a multiple of 16
+    int64_t num_codes;  // at most kMaxCodes
+    int64_t shifts[kNumWidths];
+    const float* origin;    // [widths, rows, columns], or null: the targets
+    const float* coupling;  // [widths, columns, columns], zero but above the diagonal
+    const float* weights;   // [widths, columns]
+    const float* scale;     // [widths, rows]
+    const float* zero;      // [widths, rows]
+    float* targets;         // [widths, rows, columns], changed
+    uint8_t* codes;         // [rows, columns]
+    float* values;          // [widths, rows, columns]
+};
+constexpr int64_t kMaxCodes = 256;
+constexpr int64_t kMaxCodeColumns = 128;
+
 struct Model;
 struct Layer;
 struct Pages;
@@ -122,6 +141,8 @@ struct Kernels {
     void (*add)(float* x, const float* y, int64_t first, int64_t last);
     // Of numbers first .. last-1.
     Likeliest (*greedy)(const float* logits, int64_t first, int64_t last);
+    // Of rows first .. last-1.
+    void (*choose_codes)(const CodeBlock& block, int64_t first, int64_t last);
 };
 
 // Activations of inputs decoded together while many rows are computed: their codes stay in the first-level cache.
