@@ -4,14 +4,12 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
 
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
-from anybit.engine.errors import AnyBitError, CheckpointError
+from anybit.engine.errors import AnyBitError
 from anybit.engine.machine import (
     describe_device,
     free_bytes,
@@ -20,9 +18,8 @@ from anybit.engine.machine import (
     resolve_device,
     use_threads,
 )
-from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
-from anybit.engine.models.registry import parse_config
+from anybit.engine.models.registry import read_config
 from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.types import ModelInfo
@@ -31,6 +28,7 @@ from anybit.engine.weights.accounting import bytes_read, linear_entries, vocabul
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
 from anybit.engine.weights.manifest import Manifest, manifest_sha256, verify_files
+from anybit.engine.weights.selfcheck import check_loaded
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
@@ -53,7 +51,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     reader = CheckpointReader(directory)
     manifest = reader.manifest
     verify_files(directory, manifest)
-    model_config = _read_config(directory)
+    model_config = read_config(directory)
     bit_widths = _served_widths(config, manifest)
     max_model_len = config.max_model_len or model_config.max_position_embeddings
     if max_model_len > model_config.max_position_embeddings:
@@ -62,6 +60,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     dtype = _compute_dtype(config.compute_dtype, device)
     loader = NestedLoader(reader, bit_widths, config.lm_head_bits, device)
     decoder = build_decoder(model_config, loader, max_model_len, dtype, device)
+    logger.info("Self-check: %s.", check_loaded(reader, loader.loaded, device))
     spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
     num_pages = _num_pages(config, spec, max_model_len, device)
     checkpoint_hash = manifest_sha256(directory)
@@ -139,13 +138,6 @@ def _num_pages(config: EngineConfig, spec: KVSpec, max_model_len: int, device: t
             f"{budget >> 20} MiB are free for it; lower --max-model-len."
         )
     return max(1, pages)
-
-
-def _read_config(directory: Path) -> DecoderConfig:
-    try:
-        return parse_config(msgspec.json.decode((directory / "config.json").read_bytes(), type=dict[str, Any]))
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"The file {directory / 'config.json'} cannot be read.") from error
 
 
 def _eos_token_ids(directory: Path) -> list[int]:

@@ -17,6 +17,10 @@ class CheckpointError(AnyBitError):
     """An AnyBit checkpoint is damaged, altered, or of an unknown version."""
 
 
+class KernelError(AnyBitError):
+    """A loaded weight, multiplied by the kernels that serve it, does not give what the checkpoint says."""
+
+
 class DownloadError(AnyBitError):
     """The demo model could not be fetched or does not match its known hash."""
 

@@ -3,14 +3,26 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from anybit.engine.errors import UnsupportedModelError
+import msgspec
+
+from anybit.engine.errors import CheckpointError, UnsupportedModelError
 from anybit.engine.models.config import DecoderConfig, LayerConfig, Rope, RopeScaling
 
 Config = Mapping[str, Any]
 
 _MOST_LAYERS = 1024  # per-layer settings are listed; a config must not decide how long that list is
+
+
+def read_config(directory: Path) -> DecoderConfig:
+    """The decoder of a checkpoint directory; CheckpointError if its config.json cannot be read."""
+    path = directory / "config.json"
+    try:
+        return parse_config(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"The file {path} cannot be read.") from error
 
 
 def parse_config(config: Config) -> DecoderConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 from anybit.engine.errors import CheckpointError
 from anybit.engine.weights.manifest import FLOAT_DTYPE_NAMES, Manifest, TensorEntry, read_manifest
 from anybit.kernels import layout
-from anybit.kernels.nested import NestedWeight
+from anybit.kernels.nested import Affine, NestedWeight
 
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD_BYTES = 512 << 20
@@ -138,6 +138,20 @@ class CheckpointReader:
 
     def dense(self, name: str) -> Tensor:
         return self._shards.tensor(name)
+
+    def mapped(self, name: str, bit_width: int) -> NestedWeight:
+        """A weight as the mapped file holds it, with what a read at `bit_width` touches and nothing else."""
+        entry = self.entry(name)
+
+        def part(width: int) -> Affine:
+            return Affine(*(self._shards.tensor(f"{name}.{kind}_{width}") for kind in ("scale", "zero")))
+
+        return NestedWeight(
+            *entry.shape,
+            entry.group_size,
+            {chunk.name: self._shards.tensor(f"{name}.{chunk.name}") for chunk in layout.chunks_for(bit_width)},
+            {width: part(width) for width in {bit_width, min(bit_width, layout.NIBBLE_BITS)}},
+        )
 
     def copy_nested(self, name: str, into: NestedWeight) -> None:
         """Fill `into`, a weight (or a view of rows) with the widths wanted, from the shards; no other stream is read."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,11 +15,20 @@ from anybit.kernels import dispatch
 from anybit.kernels.dispatch import ServedWeight
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedWeight:
+    """Weights of these names, stacked along the output, as they are served at `bit_widths`."""
+
+    names: tuple[str, ...]
+    bit_widths: tuple[int, ...]
+    weight: ServedWeight
+
+
 class NestedLoader:
     """Copies each wanted stream straight from the mapped file and gives it the order that the kernels here read.
 
     Peak memory is one copy and one layer. Only chunks up to the largest width wanted are read; embedding and head keep
-    those of `lm_head_bits`. `native` False keeps the portable order.
+    those of `lm_head_bits`. `native` False keeps the portable order. `loaded` lists what was handed out.
     """
 
     def __init__(
@@ -35,10 +45,10 @@ class NestedLoader:
         self._lm_head_bits = lm_head_bits
         self._device = device
         self.resident_bytes: Counter[str] = Counter()
+        self.loaded: list[LoadedWeight] = []
 
     def linear(self, prefixes: Sequence[str], bias: bool) -> NestedLinear:
-        names = [f"{prefix}.weight" for prefix in prefixes]
-        weight = self._load(names, self._bit_widths)
+        weight = self._load([f"{prefix}.weight" for prefix in prefixes], self._bit_widths)
         self.resident_bytes["linear"] += weight.nbytes
         biases = torch.cat([self.vector(f"{prefix}.bias") for prefix in prefixes]) if bias else None
         return NestedLinear(weight, biases)
@@ -53,7 +63,13 @@ class NestedLoader:
         self.resident_bytes["norm"] += vector.nbytes
         return vector
 
-    def _load(self, names: Sequence[str], bit_widths: Sequence[int]) -> ServedWeight:
+    def _load(self, names: Sequence[str], bit_widths: tuple[int, ...]) -> ServedWeight:
+        weight = self.read(names, bit_widths)
+        self.loaded.append(LoadedWeight(tuple(names), bit_widths, weight))
+        return weight
+
+    def read(self, names: Sequence[str], bit_widths: Sequence[int]) -> ServedWeight:
+        """Weights that share an input, stacked along the output, without an entry in the books."""
         weight = self._reader.allocate(names, bit_widths, self._device)
         start = 0
         for name in names:

@@ -1,6 +1,6 @@
 """What is at the other end: address, model, widths on offer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -21,6 +21,7 @@ class Target:
     model: str
     bit_widths: list[int]  # ascending; empty for a server that has no widths to choose from
     version: Any  # what its /version says, None when it has none
+    effective_bits: dict[int, float] = field(default_factory=dict)  # by width, where the server tells
 
     def choose(self, text: str) -> list[int | None]:
         """ "" -> the server's default, "all" -> every width on offer, "2,4" -> these. Raises TargetError for others."""
@@ -40,6 +41,7 @@ class Target:
 class _Card(msgspec.Struct):
     id: str
     bit_width: int | None = None
+    effective_bits: float | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -67,8 +69,9 @@ async def find_target(http: httpx.AsyncClient, base_url: str, model: str | None)
         if not cards:
             raise TargetError(f"{base_url}/models lists no model; give one with --model.")
         model = cards[0].id
-    widths = {card.bit_width for card in cards if card.bit_width is not None and card.id.startswith(f"{model}@")}
-    return Target(model, sorted(widths), await _version(http, base_url))
+    aliases = {card.bit_width: card for card in cards if card.bit_width is not None and card.id.startswith(f"{model}@")}
+    bits = {width: card.effective_bits for width, card in aliases.items() if card.effective_bits is not None}
+    return Target(model, sorted(aliases), await _version(http, base_url), bits)
 
 
 async def _cards(http: httpx.AsyncClient, base_url: str, needed: bool) -> list[_Card]:

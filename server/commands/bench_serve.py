@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from anybit.server.commands.options import JsonOption, parse_bit_widths
+from anybit.server.commands.options import JsonOption, parse_api_key, parse_base_url, parse_bit_widths
 from anybit.server.commands.preparation import stage_progress
 
 # Beyond this share of one core, chunks may wait for this process instead of the server.
@@ -60,7 +60,6 @@ def serve(
     """Latency and throughput of a running OpenAI-compatible server, of this project or another, per width."""
     from anybit.server.bench.report import Goal, report_table  # noqa: PLC0415 - httpx, after a quick --help
     from anybit.server.bench.run import BenchSettings, bench_serve  # noqa: PLC0415
-    from anybit.server.bench.target import normalize_base_url  # noqa: PLC0415
     from anybit.server.bench.workload import Workload, read_prompts  # noqa: PLC0415
 
     if endpoint not in ("completions", "chat"):
@@ -74,10 +73,7 @@ def serve(
         raise typer.BadParameter("--shared-prefix-tokens is a part of --prompt-tokens and not for --prompts.")
     if json_path is not None and not json_path.parent.is_dir():
         raise typer.BadParameter(f"{json_path.parent} is no directory for --json.")
-    try:
-        url = normalize_base_url(base_url)
-    except ValueError as error:
-        raise typer.BadParameter(f"{base_url!r} is not the address of a server: {error}.") from None
+    url = parse_base_url(base_url)
     settings = BenchSettings(
         bit_width=bit_width,
         endpoint="chat" if endpoint == "chat" else "completions",
@@ -94,7 +90,7 @@ def serve(
     with stage_progress(refresh_per_second=2) as progress:  # drawing takes time from what is measured
         report = asyncio.run(
             bench_serve(
-                url, _check_key(api_key), model, settings, lambda done, total: progress.update("bench", done, total)
+                url, parse_api_key(api_key), model, settings, lambda done, total: progress.update("bench", done, total)
             )
         )
     Console().print(report_table(report))
@@ -110,13 +106,6 @@ def _check_load(concurrency: int | None, request_rate: float | None) -> None:
         raise typer.BadParameter("--concurrency and --request-rate are two ways to send; give one.")
     if math.isnan(request_rate) or request_rate <= 0:
         raise typer.BadParameter("--request-rate must be above 0.")
-
-
-def _check_key(api_key: str | None) -> str | None:
-    key = (api_key or "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise typer.BadParameter("--api-key holds characters that no key has.")
-    return key or None
 
 
 def _print_notes(report: dict[str, Any]) -> None:

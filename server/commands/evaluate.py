@@ -1,35 +1,70 @@
 """`anybit eval`: what each width costs in quality."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from anybit.engine.config import DEFAULT_METHOD
 from anybit.engine.errors import AnyBitError
+from anybit.engine.evaluate.options import EvalOptions
+from anybit.engine.evaluate.questions import builtin_questions, read_questions
 from anybit.engine.weights.resolve import resolve_model
+from anybit.server.commands.evaluation_tables import task_tables, text_table
 from anybit.server.commands.options import (
     DeviceOption,
     GroupSizeOption,
     JsonOption,
     LmHeadBitsOption,
     MethodOption,
-    ModelArgument,
     SourceOption,
     ThreadsOption,
+    parse_api_key,
+    parse_base_url,
     parse_bit_widths,
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
 
+_BUILTIN = Path("builtin")
+# What a server has decided already.
+_OFFLINE_ONLY = ("baseline", "kv_format", "lm_head_bits", "device", "threads", "method", "group_size", "source")
+
 
 def evaluate(
-    model: ModelArgument = None,
+    context_of_command: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="An AnyBit checkpoint, a Hugging Face directory or id, or a .gguf file; without it, the demo model. "
+            "With --base-url the name of a served model; without it, the server's first.",
+            show_default=False,
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to score; without it, a short public-domain text.", show_default=False),
+        typer.Option(
+            help="UTF-8 text to score, or builtin for a short public-domain text, which is also scored if neither "
+            "--text nor --tasks is given.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Multiple-choice questions to answer: a file with one JSON object per line (question, choices, "
+            "answer as a number from 0, task), or builtin for 40 easy ones.",
+            show_default=False,
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Score through this running server instead.", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["ANYBIT_API_KEY", "OPENAI_API_KEY"], help="Its key.", show_default=False)
     ] = None,
     bit_width: Annotated[str, typer.Option(help="Widths to score.")] = "all",
     context: Annotated[
@@ -45,37 +80,75 @@ def evaluate(
     lm_head_bits: LmHeadBitsOption = 8,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
-    method: MethodOption = "rtn",
+    method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
     json_path: JsonOption = None,
 ) -> None:
-    """Perplexity of each width, and its distance from the unquantized model where that is at hand."""
+    """Perplexity and answers of each width, and their distance from the unquantized model where that is at hand."""
     bit_widths = parse_bit_widths(bit_width)
-    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
-    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
-
-    from anybit.engine.quantize.measure import EvalOptions, evaluate_checkpoint  # noqa: PLC0415 - loads torch
-
-    options = EvalOptions(
-        text=text,
-        context=context,
-        max_tokens=max_tokens,
-        bit_widths=bit_widths,
-        lm_head_bits=lm_head_bits,
-        kv_format=kv_format,
-        baselines=tuple(baseline or ()),
-        device=device,
-        threads=threads,
-    )
-    unquantized = _find_source(resolved.source, resolved.checkpoint)
-    with stage_progress() as progress:
-        report = evaluate_checkpoint(
-            resolved.checkpoint, unquantized, options, lambda done, total: progress.update("evaluate", done, total)
-        )
-    Console().print(_table(report))
+    _check_options(context_of_command, served=base_url is not None)
+    questions = () if tasks is None else tuple(builtin_questions() if tasks == _BUILTIN else read_questions(tasks))
+    scored: dict[str, Any] = {
+        "text": None if text == _BUILTIN else text,
+        "perplexity": text is not None or tasks is None,
+        "questions": questions,
+        "context": context,
+        "max_tokens": max_tokens,
+    }
+    if base_url is not None:
+        report = _evaluate_served(parse_base_url(base_url), parse_api_key(api_key), model, bit_width, scored)
+    else:
+        resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
+        ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+        scored |= {
+            "bit_widths": bit_widths,
+            "lm_head_bits": lm_head_bits,
+            "kv_format": kv_format,
+            "baselines": tuple(baseline or ()),
+            "device": device,
+            "threads": threads,
+        }
+        report = _evaluate_offline(resolved.checkpoint, resolved.source, scored)
+    console = Console()
+    if report["results"]:
+        console.print(text_table(report))
+    for table in task_tables(report):
+        console.print(table)
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1))
+
+
+def _evaluate_offline(checkpoint: Path, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    from anybit.engine.evaluate.report import evaluate_checkpoint  # noqa: PLC0415 - loads torch
+
+    unquantized = _find_source(source, checkpoint)
+    with stage_progress() as progress:
+        return evaluate_checkpoint(checkpoint, unquantized, EvalOptions(**options), progress.update)
+
+
+def _evaluate_served(
+    base_url: str, api_key: str | None, model: str | None, bit_width: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    from anybit.server.scoring.run import ScoringOptions, evaluate_server  # noqa: PLC0415 - httpx
+
+    settings = ScoringOptions(bit_width=bit_width, **options)
+    with stage_progress() as progress:
+        return asyncio.run(evaluate_server(base_url, api_key, model, settings, progress.update))
+
+
+def _check_options(context: typer.Context, served: bool) -> None:
+    """Refuses what was given and would be left unused."""
+    given = {
+        name
+        for name in (*_OFFLINE_ONLY, "api_key")
+        if (place := context.get_parameter_source(name)) is not None and place.name == "COMMANDLINE"
+    }
+    for name in _OFFLINE_ONLY:
+        if served and name in given:
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is the server's business, not for --base-url.")
+    if not served and "api_key" in given:
+        raise typer.BadParameter("--api-key is for a server; give its address with --base-url.")
 
 
 def _find_source(source: str, checkpoint: Path) -> Any:
@@ -88,21 +161,3 @@ def _find_source(source: str, checkpoint: Path) -> Any:
     except AnyBitError as error:
         Console(stderr=True).print(f"No comparison with the unquantized model: {error}", soft_wrap=True)
         return None
-
-
-def _table(report: dict[str, Any]) -> Table:
-    title = f"{report['model']} on {report['text']}: {report['tokens']} tokens, context {report['context']}"
-    table = Table(
-        "bits", "scheme", "effective bits", "perplexity", "KL (nats)", "top-1 agreement", "seconds", title=title
-    )
-    for row in report["results"]:
-        table.add_row(
-            str(row["bit_width"]),
-            row["scheme"],
-            f"{row['effective_bits']:.2f}",
-            f"{row['perplexity']:,.3f}",
-            "" if row["kl"] is None else f"{row['kl']:.4f}",
-            "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.3f}",
-            f"{row['seconds']:.1f}",
-        )
-    return table

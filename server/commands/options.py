@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from anybit.engine.config import BIT_WIDTHS
+from anybit.engine.quantize.options import METHODS
 
 
 def parse_bit_widths(text: str) -> tuple[int, ...]:
@@ -40,6 +41,29 @@ def parse_group_size(text: str) -> int | None:
     return int(text)
 
 
+def check_method(name: str) -> str:
+    if name not in METHODS:
+        raise typer.BadParameter(f"The method {name!r} is not one of {', '.join(METHODS)}.")
+    return name
+
+
+def parse_base_url(text: str) -> str:
+    """The address of a server up to and including /v1, however much of that was given."""
+    from anybit.server.bench.target import normalize_base_url  # noqa: PLC0415 - httpx, after a quick --help
+
+    try:
+        return normalize_base_url(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not the address of a server: {error}.") from None
+
+
+def parse_api_key(text: str | None) -> str | None:
+    key = (text or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise typer.BadParameter("--api-key holds characters that no key has.")
+    return key or None
+
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -47,7 +71,9 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-MethodOption = Annotated[str, typer.Option(help="How to quantize on first use.", metavar="rtn")]
+MethodOption = Annotated[
+    str, typer.Option(help="How to quantize on first use.", metavar="|".join(METHODS), callback=check_method)
+]
 GroupSizeOption = Annotated[
     str,
     typer.Option(help="Weights that share a scale: 32, 64, 128, or the largest that fits.", metavar="auto|32|64|128"),

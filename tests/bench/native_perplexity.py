@@ -16,12 +16,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from anybit.engine.evaluate.perplexity import score_windows
+from anybit.engine.evaluate.text import builtin_text, windows
+from anybit.engine.evaluate.variant import Variant
 from anybit.engine.layers.embedding import DenseVocabulary
 from anybit.engine.layers.linear import DenseLinear
 from anybit.engine.machine import keep_freed_memory, physical_cores
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config
-from anybit.engine.quantize.evaluate import Variant, builtin_text, evaluate, windows
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
 from anybit.engine.weights.resolve import resolve_model
@@ -89,7 +91,7 @@ def main() -> None:
     for width in map(int, options.widths.split(",")):
         expected = variant("reference", DequantizedLoader(reader, width), width)
         native = variant("native", NestedLoader(reader, (width,), HEAD_BITS), width)
-        evaluate([native], token_windows, expected)
+        score_windows([native], token_windows, expected)
         rows.append(
             {
                 "bit_width": width,

@@ -9,10 +9,14 @@ from tokenizers.processors import TemplateProcessing
 
 from anybit.engine.config import ConfigError
 from anybit.engine.errors import SourceError
-from anybit.engine.quantize import evaluate as evaluate_module
-from anybit.engine.quantize.evaluate import Variant, builtin_text, evaluate, windows
-from anybit.engine.quantize.matquant_slice import MatQuantSliceLoader, sliced_weight
-from anybit.engine.quantize.measure import EvalOptions, _first_tokens, evaluate_checkpoint, quick_perplexity
+from anybit.engine.evaluate import perplexity
+from anybit.engine.evaluate.matquant_slice import MatQuantSliceLoader, sliced_weight
+from anybit.engine.evaluate.options import EvalOptions
+from anybit.engine.evaluate.perplexity import score_windows
+from anybit.engine.evaluate.report import evaluate_checkpoint, quick_perplexity
+from anybit.engine.evaluate.text import builtin_text, windows
+from anybit.engine.evaluate.variant import Variant
+from anybit.engine.text_prefix import first_tokens
 from anybit.engine.weights.accounting import effective_bits, linear_entries
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import DenseLoader
@@ -73,7 +77,7 @@ def test_first_tokens_are_those_the_tokenizer_puts_before_a_text(ends):
     tokenizer.add_special_tokens(["<s>", "</s>"])
     ids = [(text, tokenizer.token_to_id(text)) for text in ("<s>", "</s>")]
     tokenizer.post_processor = TemplateProcessing(single=ends, special_tokens=ids)
-    assert _first_tokens(tokenizer) == [token_id for text, token_id in ids if text == "<s>" and text in ends]
+    assert first_tokens(tokenizer) == [token_id for text, token_id in ids if text == "<s>" and text in ends]
 
 
 @pytest.mark.parametrize(("context", "max_tokens", "found"), [(11, None, 10), (4, 3, 3)])
@@ -85,9 +89,9 @@ def test_text_shorter_than_a_window_is_refused(context, max_tokens, found):
 
 @pytest.mark.parametrize("chunk", [16, 256])
 def test_perplexity_is_that_of_transformers(models, monkeypatch, chunk):
-    monkeypatch.setattr(evaluate_module, "_CHUNK", chunk)
+    monkeypatch.setattr(perplexity, "_CHUNK", chunk)
     scored = variant(models, "model 0")
-    evaluate([scored], WINDOWS)
+    score_windows([scored], WINDOWS)
     targets = torch.tensor(WINDOWS)[:, 1:, None]
     nll = -log_probabilities(models, "model 0").gather(2, targets).sum()
     assert scored.tokens == 3 * (CONTEXT - 1)
@@ -97,7 +101,7 @@ def test_perplexity_is_that_of_transformers(models, monkeypatch, chunk):
 
 def test_kl_and_agreement_are_those_of_transformers(models):
     reference, scored = variant(models, "model 0"), variant(models, "model 1")
-    evaluate([scored], WINDOWS, reference)
+    score_windows([scored], WINDOWS, reference)
     wanted, got = log_probabilities(models, "model 0"), log_probabilities(models, "model 1")
     assert scored.kl == pytest.approx(float((wanted.exp() * (wanted - got)).sum()), rel=1e-5)
     assert scored.agreements == int((wanted.argmax(-1) == got.argmax(-1)).sum())
@@ -107,7 +111,7 @@ def test_kl_and_agreement_are_those_of_transformers(models):
 def test_kl_of_a_model_to_itself_is_zero(models, same_object):
     reference = variant(models, "model 0")
     scored = reference if same_object else replace(reference)
-    evaluate([scored], WINDOWS, reference)
+    score_windows([scored], WINDOWS, reference)
     assert scored.kl == pytest.approx(0, abs=1e-6)
     assert scored.agreements == scored.tokens == 3 * (CONTEXT - 1)
     if same_object:
@@ -116,7 +120,9 @@ def test_kl_of_a_model_to_itself_is_zero(models, same_object):
 
 def test_progress_counts_windows_times_models(models):
     seen = []
-    evaluate([variant(models, "model 1")], WINDOWS, variant(models, "model 0"), lambda *counts: seen.append(counts))
+    score_windows(
+        [variant(models, "model 1")], WINDOWS, variant(models, "model 0"), lambda *counts: seen.append(counts)
+    )
     assert seen == [(2, 6), (4, 6), (6, 6)]
 
 

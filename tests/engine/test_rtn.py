@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybit.engine.evaluate.matquant_slice import sliced_weight
 from anybit.engine.quantize import rtn
-from anybit.engine.quantize.matquant_slice import sliced_weight
 from anybit.engine.quantize.rtn import float_part_dtype, quantize_rtn
 from anybit.kernels import layout
 from anybit.kernels.reference import dequantize

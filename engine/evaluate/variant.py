@@ -1,0 +1,81 @@
+"""One way of reading a model, and its passes over known tokens."""
+
+import math
+import time
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anybit.engine.batch import Chunk, plan_batch
+from anybit.engine.models.decoder import Decoder
+from anybit.engine.precision import Precision
+from anybit.engine.sequence import Sequence as TokenSequence
+from anybit.engine.types import GenerationRequest, SamplingParams
+from anybit.kvcache.pool import KVPool
+from anybit.kvcache.spec import KVSpec
+
+
+@dataclass(slots=True, eq=False)
+class Variant:
+    """One way of reading a model: a decoder at a width, with totals that grow as text is scored."""
+
+    label: str
+    decoder: Decoder
+    bit_width: int
+    kv_format: str
+    effective_bits: float
+    scheme: str = "nested"
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreements: int = 0
+    seconds: float = 0.0
+    pool: KVPool | None = field(default=None, repr=False)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nll / max(self.tokens, 1), 700.0))
+
+
+def start_sequence(token_ids: Sequence[int], variant: Variant, room: int = 0) -> TokenSequence:
+    """A sequence of known tokens at the start of the variant's own, fresh cache, with room for so many more."""
+    variant.pool = _pool_for(variant, len(token_ids) + room)
+    request = GenerationRequest("evaluate", list(token_ids), SamplingParams(max_tokens=1), Precision(variant.bit_width))
+    sequence = TokenSequence(request, arrived_at=0.0)
+    sequence.pages = list(range(variant.pool.num_pages))
+    return sequence
+
+
+def branch_sequence(sequence: TokenSequence, token_ids: Sequence[int]) -> TokenSequence:
+    """The sequence with other tokens after those it has computed, in the same pages: of several branches the newest
+    overwrites what the one before it wrote there."""
+    branch = copy(sequence)
+    branch.token_ids = [*sequence.token_ids[: sequence.num_computed], *token_ids]
+    return branch
+
+
+def next_log_probabilities(variant: Variant, sequence: TokenSequence, count: int, last: int | None = None) -> Tensor:
+    """Log probabilities after each of the sequence's next `count` tokens, or the `last` of these: float32 [rows, vocab]."""
+    started = time.perf_counter()
+    plan = plan_batch([Chunk(sequence, count)], variant.decoder.device)
+    if variant.pool is None:
+        raise ValueError("The sequence was not started with start_sequence.")
+    hidden = variant.decoder.forward(plan, variant.pool)
+    log_probs = torch.log_softmax(variant.decoder.logits(hidden[count - (last or count) :]), -1)
+    sequence.num_computed += count
+    if log_probs.is_cuda:
+        torch.cuda.synchronize()
+    variant.seconds += time.perf_counter() - started
+    return log_probs
+
+
+def _pool_for(variant: Variant, num_tokens: int) -> KVPool:
+    config = variant.decoder.config
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, variant.kv_format)
+    pages = spec.pages_for(num_tokens)
+    if variant.pool is not None and variant.pool.num_pages >= pages:
+        return variant.pool
+    return KVPool(spec, pages, variant.decoder.device)

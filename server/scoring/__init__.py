@@ -1,0 +1,1 @@
+"""A running server's answers scored through its API: perplexity of texts and multiple-choice questions."""
