@@ -8,6 +8,10 @@ DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 KV_FORMATS = ("bf16", "float32")
 BIT_WIDTHS = (2, 3, 4, 6, 8)
+DEFAULT_METHOD = "best"
+"""How a model is quantized when nobody says how."""
+QUICK_METHOD = "rtn"
+"""What serves while a slower method is at work."""
 
 
 class ConfigError(AnyBitError):

@@ -52,8 +52,8 @@ def main(file_descriptor: int) -> int:
         return 1
     # What is loaded stays until the end: the collector need not look at it again and again between steps.
     gc.freeze()
-    channel.send(Ready(info))
     try:
+        channel.send(Ready(info))
         _serve(core, channel)
     except (BrokenPipeError, ConnectionResetError):
         logger.info("The server is gone; the engine ends.")

@@ -16,27 +16,35 @@ from anybit.server.middleware import BodyLimitMiddleware, RequestContextMiddlewa
 from anybit.server.openapi import DescribedApp
 from anybit.server.routes import chat, completions, models, ops, tokens
 from anybit.server.service import Service
+from anybit.server.upgrade import Upgrade
 from anybit.server.version import anybit_version
 
 
 def build_app(
-    engine: EngineClient, config: ServerConfig, on_load_failure: Callable[[Exception], None] | None = None
+    engine: EngineClient,
+    config: ServerConfig,
+    on_load_failure: Callable[[Exception], None] | None = None,
+    upgrade: Upgrade | None = None,
 ) -> FastAPI:
     """An application that serves `engine`; its Service is `app.state.service`.
 
     The lifespan loads in the background, so that /health answers meanwhile, and closes the engine at the end.
-    `on_load_failure` is told when loading failed, for a caller that wants to stop then.
+    `on_load_failure` is told when loading failed, for a caller that wants to stop then. `upgrade` runs beside it.
     """
-    service = Service(engine, config, on_load_failure)
+    service = Service(engine, config, on_load_failure, upgrade)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(service.load())
+        if upgrade is not None:
+            upgrade.start()
         try:
             yield
         finally:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
+            if upgrade is not None:
+                await upgrade.stop()
             await engine.close()
 
     app = DescribedApp(

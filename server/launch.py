@@ -6,17 +6,22 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from anybit.engine.client import EngineClient
 from anybit.engine.config import EngineConfig
 from anybit.engine.errors import AnyBitError
 from anybit.engine.process_client import ProcessEngine
+from anybit.engine.replaceable_engine import ReplaceableEngine
 from anybit.engine.types import ModelInfo
 from anybit.server.app import build_app
 from anybit.server.config import ConfigError, ServerConfig
 from anybit.server.service import Service
+from anybit.server.upgrade import Upgrade, UpgradePlan
 
 logger = logging.getLogger("anybit.server")
 logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and stop lines say nothing a user needs
@@ -55,18 +60,29 @@ async def run_server(
     server_config: ServerConfig,
     log_level: str = "INFO",
     on_ready: Callable[[ModelInfo, str], None] = lambda model, url: None,
+    plan: UpgradePlan | None = None,
 ) -> None:
-    """Serve until a signal arrives. Raises an AnyBitError if the port is taken or the model cannot be loaded."""
+    """Serve until a signal arrives. Raises an AnyBitError if the port is taken or the model cannot be loaded.
+
+    What `plan` says is prepared meanwhile and then takes over, with the same settings.
+    """
     failures: list[Exception] = []
     listener = _listen(server_config.host, server_config.port)
-    engine = ProcessEngine(engine_config, server_config.stall_seconds, log_level)
-    await engine.start()
+
+    async def start_engine(checkpoint: Path) -> EngineClient:
+        config = replace(engine_config, checkpoint=checkpoint.as_posix())
+        started = ProcessEngine(config, server_config.stall_seconds, log_level)
+        await started.start()
+        return started
+
+    engine = ReplaceableEngine(await start_engine(Path(engine_config.checkpoint)))
+    upgrade = None if plan is None else Upgrade(plan, engine, start_engine, server_config.request_timeout_seconds)
 
     def stop(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = build_app(engine, server_config, on_load_failure=stop)
+    app = build_app(engine, server_config, on_load_failure=stop, upgrade=upgrade)
     service: Service = app.state.service
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False)
     server = DrainingServer(config, service)
@@ -80,12 +96,14 @@ async def run_server(
         finally:
             signal.signal(signal.SIGTERM, previous)
             announcing.cancel()
+            if upgrade is not None:
+                await upgrade.stop()
             await engine.close()
     if failures:
         raise failures[0] if isinstance(failures[0], AnyBitError) else AnyBitError(str(failures[0]))
 
 
-async def _announce(engine: ProcessEngine, url: str, on_ready: Callable[[ModelInfo, str], None]) -> None:
+async def _announce(engine: EngineClient, url: str, on_ready: Callable[[ModelInfo, str], None]) -> None:
     with contextlib.suppress(AnyBitError):  # a failed start is told by the application
         on_ready(await engine.wait_ready(), url)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
@@ -17,6 +17,7 @@ from anybit.server.config import ServerConfig
 from anybit.server.errors import Rejection, UnavailableError
 from anybit.server.metrics import Metrics
 from anybit.server.tokenizer import PromptTokenizer, load_tokenizer
+from anybit.server.upgrade import Upgrade
 
 logger = logging.getLogger("anybit.server")
 
@@ -34,10 +35,15 @@ class Service:
     """One server's parts and its state; lives on the event loop."""
 
     def __init__(
-        self, engine: EngineClient, config: ServerConfig, on_load_failure: Callable[[Exception], None] | None = None
+        self,
+        engine: EngineClient,
+        config: ServerConfig,
+        on_load_failure: Callable[[Exception], None] | None = None,
+        upgrade: Upgrade | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
+        self.upgrade = upgrade
         self.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
         self.metrics = Metrics(config.model_name, engine, lambda: self.ready)
         self.created = int(time.time())
@@ -88,7 +94,9 @@ class Service:
         """The model, if requests are accepted; raises UnavailableError."""
         health = self.health
         if health.state is EngineState.READY and self._model is not None:
-            return self._model
+            # After an upgrade the same text side belongs to other weights.
+            info = self.engine.model or self._model.info
+            return self._model if info is self._model.info else replace(self._model, info=info)
         match health.state:
             case EngineState.LOADING | EngineState.READY:
                 raise UnavailableError(
@@ -103,7 +111,8 @@ class Service:
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those accepted, as long as the configuration allows."""
-        await self.engine.drain(self.config.drain_timeout_seconds)
+        stopping = [] if self.upgrade is None else [self.upgrade.stop()]
+        await asyncio.gather(self.engine.drain(self.config.drain_timeout_seconds), *stopping)
 
 
 def service_of(request: Request) -> Service:

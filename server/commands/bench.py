@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from anybit.engine.config import EngineConfig
+from anybit.engine.config import DEFAULT_METHOD, EngineConfig
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands import bench_kernels, bench_serve
 from anybit.server.commands.options import (
@@ -43,7 +43,7 @@ def decode(
     lm_head_bits: LmHeadBitsOption = 8,
     threads: ThreadsOption = 0,
     device: DeviceOption = "auto",
-    method: MethodOption = "rtn",
+    method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
     json_path: JsonOption = None,

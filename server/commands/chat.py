@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from anybit.engine.config import EngineConfig
+from anybit.engine.config import DEFAULT_METHOD, EngineConfig
 from anybit.engine.errors import AnyBitError
 from anybit.engine.precision import Precision
 from anybit.engine.process_client import ProcessEngine
@@ -41,7 +41,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     threads: ThreadsOption = 0,
     device: DeviceOption = "auto",
-    method: MethodOption = "rtn",
+    method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
 ) -> None:

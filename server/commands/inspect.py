@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anybit.engine.config import DEFAULT_METHOD, QUICK_METHOD
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
     GroupSizeOption,
@@ -17,29 +18,45 @@ from anybit.server.commands.options import (
     parse_bit_widths,
     parse_group_size,
 )
-from anybit.server.commands.preparation import ensure_prepared
+from anybit.server.commands.preparation import ensure_prepared, find_preparations
 
 
 def inspect(
     model: ModelArgument = None,
     lm_head_bits: LmHeadBitsOption = 8,
-    method: MethodOption = "rtn",
+    method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
     json_path: JsonOption = None,
 ) -> None:
-    """Show a checkpoint's method, tensors, effective bits and bytes per width, after verifying its hashes."""
-    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
-    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+    """Show a checkpoint's method, tensors, effective bits and bytes per width, after verifying its hashes.
+
+    While a method is being prepared, by a server or by `anybit quantize`, it also says how far that is.
+    """
+    size, made_for = parse_group_size(group_size), parse_bit_widths("all")
+    resolved = resolve_model(model, method, size, made_for, source)
+    preparations = find_preparations(model, size, made_for, source)
+    quick = resolve_model(model, QUICK_METHOD, size, made_for, source)
+    if method in preparations and quick.is_prepared:
+        method, resolved = QUICK_METHOD, quick  # what is served until then
+    ensure_prepared(resolved, method, group_size, made_for)
 
     from anybit.engine.weights.description import describe_checkpoint  # noqa: PLC0415 - loads torch
 
     report = describe_checkpoint(resolved.checkpoint, lm_head_bits)
+    report["preparing"] = [
+        {"method": name, "stage": progress.stage, "progress": progress.share} for name, progress in preparations.items()
+    ]
     console = Console()
     console.print(
         f"{report['checkpoint']}: {report['source']}, method {report['method']}, group size {report['group_size']}"
     )
     console.print(f"{report['num_files']} files, {report['file_bytes'] / 2**20:.1f} MiB, every hash verified")
+    for name, progress in preparations.items():
+        console.print(
+            f"{name} is being prepared: {progress.stage} {progress.percent} % ({progress.done} of {progress.total}); "
+            f"until it is ready, {QUICK_METHOD} is served."
+        )
     console.print(_table(report))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from anybit.engine.config import EngineConfig
+from anybit.engine.config import DEFAULT_METHOD, QUICK_METHOD, EngineConfig
 from anybit.engine.types import ModelInfo
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
@@ -23,8 +23,9 @@ from anybit.server.commands.options import (
     parse_bit_widths,
     parse_group_size,
 )
-from anybit.server.commands.preparation import ensure_prepared
+from anybit.server.commands.preparation import ensure_prepared, quantize_command
 from anybit.server.config import ServerConfig
+from anybit.server.upgrade import UpgradePlan
 
 API_KEYS_VARIABLE = "ANYBIT_API_KEYS"
 
@@ -61,12 +62,23 @@ def serve(
         list[str] | None, typer.Option(help=f"Key clients must send; repeatable, or {API_KEYS_VARIABLE}.")
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.", show_default=False)] = None,
-    method: MethodOption = "rtn",
+    method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait/--no-wait",
+            help=f"On first use: wait until --method is done, or serve {QUICK_METHOD} (a minute) until then.",
+        ),
+    ] = False,
     log_level: Annotated[str, typer.Option(metavar="DEBUG|INFO|WARNING", help="How much to log.")] = "INFO",
 ) -> None:
-    """Serve a model at any bit-width. Without MODEL: the demo model, downloaded and quantized on first use."""
+    """Serve a model at any bit-width. Without MODEL: the demo model, downloaded and quantized on first use.
+
+    A method that takes long is at work in the background on first use: round-to-nearest answers until it is done, then
+    the better weights take over while requests go on.
+    """
     bit_widths = parse_bit_widths(widths)
     if log_level.upper() not in ("DEBUG", "INFO", "WARNING"):
         raise typer.BadParameter(f"{log_level!r} is not one of DEBUG, INFO, WARNING.")
@@ -87,8 +99,13 @@ def serve(
         reproducible=reproducible,
     )
     engine_config.check()  # before minutes of quantization, not after
-    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
-    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+    size, made_for = parse_group_size(group_size), parse_bit_widths("all")
+    resolved = resolve_model(model, method, size, made_for, source)
+    plan = None
+    if not (resolved.is_prepared or wait or method == QUICK_METHOD):
+        plan = UpgradePlan(method, resolved, quantize_command(resolved, method, group_size, made_for))
+        method, resolved = QUICK_METHOD, resolve_model(model, QUICK_METHOD, size, made_for, source)
+    ensure_prepared(resolved, method, group_size, made_for)
     keys = tuple(api_key or [key for key in os.environ.get(API_KEYS_VARIABLE, "").split(",") if key])
     server_config = ServerConfig(
         model_name or resolved.name, resolved.checkpoint, host, port, keys, max_queued_requests=max_queued_requests
@@ -96,15 +113,15 @@ def serve(
     engine_config = replace(
         engine_config, checkpoint=resolved.checkpoint.as_posix(), model_name=server_config.model_name
     )
-    _run(engine_config, server_config, log_level.upper())
+    _run(engine_config, server_config, log_level.upper(), plan)
 
 
-def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str) -> None:
+def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str, plan: UpgradePlan | None) -> None:
     # The web stack takes a third of a second to import: not for --help, not before a sentence about a wrong option.
     from anybit.server.launch import run_server  # noqa: PLC0415
 
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(run_server(engine_config, server_config, log_level, _announce))
+    asyncio.run(run_server(engine_config, server_config, log_level, _announce, plan))
 
 
 def _announce(model: ModelInfo, url: str) -> None:

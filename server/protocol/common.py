@@ -129,6 +129,12 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+class Preparing(BaseModel):
+    method: str
+    stage: str = Field(description="Stages follow one another; in 'load' the new weights are being loaded.")
+    progress: float = Field(description="Share of this stage, 0 to 1.")
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
@@ -138,6 +144,8 @@ class ModelCard(BaseModel):
     effective_bits: float = Field(description="Bits per weight of the linear layers, scales included.")
     max_model_len: int
     bytes_read_per_token: int = Field(description="Weight bytes that one decoding step reads.")
+    method: str = Field(description="How the weights that answer now were quantized.")
+    preparing: Preparing | None = Field(description="What takes their place when it is ready; null: nothing.")
 
 
 class ModelList(BaseModel):
@@ -152,6 +160,7 @@ class Status(BaseModel):
 class VersionInfo(BaseModel):
     version: str
     model: str
+    method: str | None = Field(description="How the weights were quantized; null while loading.")
     reproducible: bool | None = Field(description="Whether answers do not depend on neighbours; null while loading.")
     bit_widths: list[int]
     default_bit_width: int | None

@@ -8,7 +8,7 @@ from anybit.engine.types import ModelInfo, WidthInfo
 from anybit.server.errors import ModelNotFoundError, shorten
 from anybit.server.openapi import error_responses
 from anybit.server.precision_request import model_alias
-from anybit.server.protocol.common import ModelCard, ModelList
+from anybit.server.protocol.common import ModelCard, ModelList, Preparing
 from anybit.server.service import Service, service_of
 
 router = APIRouter()
@@ -42,12 +42,17 @@ def _cards(service: Service) -> list[ModelCard]:
     model = service.require_model().info
     name = service.config.model_name
     default = next(width for width in model.widths if width.bit_width == model.default_bit_width)
-    cards = [_card(name, default, model, service.created)]
-    cards += [_card(model_alias(name, width.bit_width), width, model, service.created) for width in model.widths]
-    return cards
+    named = [(name, default), *((model_alias(name, width.bit_width), width) for width in model.widths)]
+    preparing = _preparing(service)
+    return [_card(alias, width, model, service.created, preparing) for alias, width in named]
 
 
-def _card(name: str, width: WidthInfo, model: ModelInfo, created: int) -> ModelCard:
+def _preparing(service: Service) -> Preparing | None:
+    status = None if service.upgrade is None else service.upgrade.status
+    return None if status is None else Preparing(method=status.method, stage=status.stage, progress=status.share)
+
+
+def _card(name: str, width: WidthInfo, model: ModelInfo, created: int, preparing: Preparing | None) -> ModelCard:
     kind: Literal["model"] = "model"
     return ModelCard(
         id=name,
@@ -58,4 +63,6 @@ def _card(name: str, width: WidthInfo, model: ModelInfo, created: int) -> ModelC
         effective_bits=width.effective_bits,
         max_model_len=model.max_model_len,
         bytes_read_per_token=width.bytes_read_per_token,
+        method=model.method,
+        preparing=preparing,
     )

@@ -60,6 +60,7 @@ async def version(request: Request) -> VersionInfo:
     return VersionInfo(
         version=anybit_version(),
         model=service.config.model_name,
+        method=None if model is None else model.method,
         reproducible=None if model is None else model.reproducible,
         bit_widths=[] if model is None else model.bit_widths,
         default_bit_width=None if model is None else model.default_bit_width,

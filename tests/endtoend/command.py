@@ -32,16 +32,22 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 class ServeCommand:
-    """`anybit serve` in a process of its own on a free port; leaves with SIGTERM."""
+    """`anybit serve`, or a `program` like it, in a process of its own on a free port; leaves with SIGTERM."""
 
-    def __init__(self, *arguments: str | Path, cache: Path, ready_timeout: float = 120) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        cache: Path,
+        ready_timeout: float = 120,
+        program: tuple[str, ...] = (ANYBIT, "serve"),
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = cache / f"serve-{self.port}.log"
         cache.mkdir(parents=True, exist_ok=True)
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [ANYBIT, "serve", *map(str, arguments), "--port", str(self.port)],
+                [*program, *map(str, arguments), "--port", str(self.port)],
                 env=environment(cache),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

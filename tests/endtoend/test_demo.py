@@ -1,10 +1,12 @@
 """The demo model with real weights, from nothing to text. Downloads some 90 MB."""
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -23,8 +25,8 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(demo_cache: Path) -> Iterator[ServeCommand]:
-    """`anybit serve` on a machine that has never seen it: download, quantize, serve."""
-    with ServeCommand(cache=demo_cache, ready_timeout=900) as server:
+    """`anybit serve` on a machine that has never seen it: download, round to nearest, serve."""
+    with ServeCommand("--method", "rtn", cache=demo_cache, ready_timeout=900) as server:
         yield server
 
 
@@ -65,7 +67,7 @@ def test_demo_holds_one_copy_of_its_weights(demo: ServeCommand) -> None:
 
 
 def test_demo_second_start_quantizes_nothing(demo: ServeCommand, demo_cache: Path) -> None:
-    result = run_anybit("inspect", cache=demo_cache)
+    result = run_anybit("inspect", "--method", "rtn", cache=demo_cache)
     assert result.returncode == 0, result.stderr
     assert "Quantizing" not in result.stderr
     assert "every hash verified" in result.stdout
@@ -89,8 +91,9 @@ def test_demo_broken_download_is_one_sentence_and_leaves_nothing(
 def test_demo_logits_agree_with_transformers_on_real_text(demo: ServeCommand, demo_cache: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from anybit.engine.evaluate.text import builtin_text
+    from anybit.engine.evaluate.variant import Variant, next_log_probabilities, start_sequence
     from anybit.engine.models.decoder import build_decoder
-    from anybit.engine.quantize.evaluate import Variant, builtin_text, next_log_probabilities, start_sequence
     from anybit.engine.weights.loader import DenseLoader
     from anybit.engine.weights.open_source import open_source
 
@@ -112,10 +115,9 @@ def test_demo_logits_agree_with_transformers_on_real_text(demo: ServeCommand, de
 
 
 def test_demo_scores_real_text_as_a_direct_pass_does(demo: ServeCommand, demo_cache: Path) -> None:
-    import httpx
-
+    from anybit.engine.evaluate.text import builtin_text
+    from anybit.engine.evaluate.variant import Variant, next_log_probabilities, start_sequence
     from anybit.engine.models.decoder import build_decoder
-    from anybit.engine.quantize.evaluate import Variant, builtin_text, next_log_probabilities, start_sequence
     from anybit.engine.weights.checkpoint import CheckpointReader
     from anybit.engine.weights.loader import NestedLoader
 
@@ -132,3 +134,27 @@ def test_demo_scores_real_text_as_a_direct_pass_does(demo: ServeCommand, demo_ca
         direct = next_log_probabilities(variant, start_sequence(ids, variant), len(ids))
         expected = direct[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert (values - expected).abs().max() < 1e-3
+
+
+def test_demo_first_start_serves_at_once_and_changes_to_the_better_weights(demo_cache: Path) -> None:
+    """Runs last: the full quantization takes minutes on two cores."""
+    with ServeCommand(cache=demo_cache, ready_timeout=300) as server:
+        (base, *_) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert base["method"] == "rtn"
+        assert ask(server, "What is the capital of France?", 8)
+        deadline = time.monotonic() + 1800
+        while base["method"] != "best":
+            assert time.monotonic() < deadline, server.log
+            time.sleep(2)
+            (base, *_) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert base["preparing"] is None
+        assert "best" in server.log
+        assert "Paris" in ask(server, "What is the capital of France?", 4)
+        assert "Paris" in ask(server, "What is the capital of France?", 3)
+    result = run_anybit("inspect", "--json", demo_cache / "inspect.json", cache=demo_cache)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((demo_cache / "inspect.json").read_text())
+    assert report["method"] == "best"
+    # Round to nearest has more than a million at 2 bits, 146 at 3 and 34 at 4.
+    bounds = {2: 120, 3: 40, 4: 30, 6: 28, 8: 27}
+    assert all(row["perplexity"] < bounds[row["bit_width"]] for row in report["widths"])

@@ -11,19 +11,28 @@ import httpx
 import uvicorn
 from openai import OpenAI
 
+from anybit.engine.replaceable_engine import ReplaceableEngine
 from anybit.server.app import build_app
 from anybit.server.config import ServerConfig
+from anybit.server.upgrade import Upgrade
 from tests.server.fake_engine import FakeEngine
 
 
 class LiveServer:
     """Started by the constructor; `stop` ends it and checks that it ended, which takes a while."""
 
-    def __init__(self, engine: FakeEngine, checkpoint: Path, wait: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        engine: FakeEngine | ReplaceableEngine,
+        checkpoint: Path,
+        wait: bool = True,
+        upgrade: Upgrade | None = None,
+        **settings: Any,
+    ) -> None:
         self.engine = engine
         self.load_failures: list[Exception] = []
         config = ServerConfig(model_name="tiny", checkpoint_dir=checkpoint, port=0, **settings)
-        self.app = build_app(engine, config, self.load_failures.append)
+        self.app = build_app(engine, config, self.load_failures.append, upgrade)
         self._server = uvicorn.Server(
             uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
         )
