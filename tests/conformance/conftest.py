@@ -41,7 +41,7 @@ def serving(directory: Path, *options: str) -> Iterator[Server]:
     log_path = directory / "log"
     port = free_port()
     with log_path.open("w") as log:
-        command = [ANYBIT, "serve", "--port", str(port), "--log-level", "warning", *options]
+        command = [ANYBIT, "serve", "--port", str(port), "--method", "rtn", "--log-level", "warning", *options]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_ready(f"http://127.0.0.1:{port}", process, log_path)
@@ -56,7 +56,7 @@ def serving(directory: Path, *options: str) -> Iterator[Server]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory that the server serves."""
     report = tmp_path_factory.mktemp("inspect") / "report.json"
-    subprocess.run([ANYBIT, "inspect", "--json", report], capture_output=True, check=True)
+    subprocess.run([ANYBIT, "inspect", "--method", "rtn", "--json", report], capture_output=True, check=True)
     return Path(json.loads(report.read_text())["checkpoint"])
 
 
