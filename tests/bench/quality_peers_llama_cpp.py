@@ -10,6 +10,7 @@ that are no multiple of 256 do not fit most formats. With --joined they are made
 
 import argparse
 import ctypes
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,9 @@ from quality_peers_gguf import GGUFTemplate, importance_of_file, read_quantized,
 from quality_peers_importance import input_importance, spread_windows
 from quality_peers_score import Candidate, add_options, encode, open_variant, prepare, score
 from quality_sources import ReplacedSource
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from anybit.engine.weights.source import SourceModel
 
@@ -105,10 +109,24 @@ def all_candidates(options: argparse.Namespace) -> Iterator[Candidate]:
     if options.plain:
         yield from candidates(source, template, None, options)
     if options.calibration is not None:
-        token_ids = encode(source, options.calibration, _CALIBRATION_SHARE)
-        token_windows = spread_windows(token_ids, _CALIBRATION_CONTEXT, options.calibration_windows)
-        importance = importance_of_file(input_importance(source, token_windows), template, options.joined)
+        importance = importance_of_file(calibrated_importance(source, options), template, options.joined)
         yield from candidates(source, template, importance, options)
+
+
+def calibrated_importance(source: SourceModel, options: argparse.Namespace) -> dict[str, Tensor]:
+    """Computed from the calibration text, or read from the file where an earlier run kept it for the same weights."""
+    token_ids = encode(source, options.calibration, _CALIBRATION_SHARE)
+    token_windows = spread_windows(token_ids, _CALIBRATION_CONTEXT, options.calibration_windows)
+    if options.importance is None:
+        return input_importance(source, token_windows)
+    made_from = {"weights": source.sha256(), "tokens": hashlib.sha256(str(token_windows).encode()).hexdigest()}
+    if options.importance.is_file():
+        with safe_open(options.importance, "pt") as file:
+            if file.metadata() == made_from:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    importance = input_importance(source, token_windows)
+    save_file({name: columns.clone() for name, columns in importance.items()}, options.importance, metadata=made_from)
+    return importance
 
 
 def main() -> None:
@@ -119,6 +137,7 @@ def main() -> None:
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True, help="also without importance")
     parser.add_argument("--calibration", type=Path, help="UTF-8 text to compute importance from")
     parser.add_argument("--calibration-windows", type=int, default=64, help=f"of {_CALIBRATION_CONTEXT} tokens")
+    parser.add_argument("--importance", type=Path, help="safetensors file that keeps it for the next run")
     options = parser.parse_args()
     prepare(options)
     llama_cpp.llama_log_set(_ear, None)
