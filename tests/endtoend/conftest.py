@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint(tiny_source: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by `anybit quantize`."""
     destination = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    result = run_anybit("quantize", tiny_source, destination, cache=cache)
+    result = run_anybit("quantize", tiny_source, destination, "--method", "rtn", cache=cache)
     assert result.returncode == 0, result.stderr
     return destination
 

@@ -28,7 +28,7 @@ MAX_TOKENS = 400
 def prepared(tiny_source: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with finer groups, which gives other texts, under the name of another method."""
     destination = tmp_path_factory.mktemp("prepared") / "tiny"
-    result = run_anybit("quantize", tiny_source, destination, "--group-size", "32", cache=cache)
+    result = run_anybit("quantize", tiny_source, destination, "--method", "rtn", "--group-size", "32", cache=cache)
     assert result.returncode == 0, result.stderr
     manifest = json.loads((destination / "anybit.json").read_text())
     (destination / "anybit.json").write_text(json.dumps({**manifest, "method": "best"}))
