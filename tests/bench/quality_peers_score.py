@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_sources import RotatedSource
+from quality_sources import ReplacedSource, RotatedSource
 from tokenizers import Tokenizer
 
 from anybit.engine.evaluate.perplexity import score_windows
@@ -73,8 +73,10 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def open_variant(options: argparse.Namespace) -> SourceModel:
+    """The float model with its tensors in memory: decoding and rotating them for each row would cost more than a format."""
     original = fetch_source("demo")
-    return RotatedSource(original, options.seed) if options.variant == "rotated" else original
+    source = RotatedSource(original, options.seed) if options.variant == "rotated" else original
+    return ReplacedSource(source, {name: source.tensor(name) for name in source.tensor_names()})
 
 
 def encode(source: SourceModel, path: Path, share: float = 1.0) -> list[int]:

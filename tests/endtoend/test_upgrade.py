@@ -22,6 +22,7 @@ from tests.fixtures.processes import children, is_running
 PROGRAM = (sys.executable, str(Path(__file__).with_name("upgrading_server.py")), "serve")
 PROMPT = "The quick brown fox"
 MAX_TOKENS = 400
+NUM_STREAMS = 4  # so many that one of them is under way whenever the change comes
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,8 @@ def test_streams_go_through_the_change_and_later_ones_get_the_better_weights(ser
             time.sleep(0.05)
         return checks
 
-    with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(keep_streaming) for _ in range(2)]
+    with ThreadPoolExecutor(NUM_STREAMS + 1) as pool:
+        running = [pool.submit(keep_streaming) for _ in range(NUM_STREAMS)]
         checking = pool.submit(check_ready)
         go.touch()
         try:
