@@ -39,8 +39,8 @@ def check(kernel, shape: str, with_origin: bool, device: str = "cpu"):
     targets, _, _, _, scale, zero, shifts, _ = arguments
     codes, values = kernel(*arguments)
     # Where two codes are as good but for rounding either will do, and what follows in that row may then differ.
-    decided = (margins > 1e-4).cummin(1).values
-    assert decided.double().mean() > 0.5
+    decided = (margins > 1e-5).cummin(1).values
+    assert decided.double().mean() > 0.2
     assert torch.equal(codes.cpu()[decided], expected[decided])
     levels = torch.stack([(codes >> shift).float() for shift in shifts])
     assert torch.allclose(values, levels * scale[:, :, None] + zero[:, :, None], atol=1e-5)
