@@ -155,8 +155,9 @@ def test_checkpoint_that_is_damaged_is_told_and_the_first_goes_on(
 
 
 def test_inspect_says_how_far_a_method_is_and_shows_what_is_served_meanwhile(
-    tiny_source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cache = tmp_path / "cache"  # in that of all tests the better weights may be there already
     monkeypatch.setenv("ANYBIT_CACHE_DIR", str(cache))
     better = resolve_model(str(tiny_source), "best", None, (2, 3, 4, 6, 8)).checkpoint
     out = tmp_path / "inspect.json"
