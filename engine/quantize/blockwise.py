@@ -190,7 +190,9 @@ class BlockSolver:
         group_size = group_size or layout.auto_group_size(in_features)
         if self._recipe.solver is None:
             return solve_uniform(weight, hessians, self.shared_widths, group_size, self._recipe.sliced)
-        return solve_shared(weight, hessians, self.shared_widths, group_size, self._recipe.solver)
+        return solve_shared(
+            weight, hessians, self.shared_widths, group_size, self._recipe.solver, bool(self._residual_widths)
+        )
 
     def _train(
         self, block: Block, linears: Mapping[str, Tensor], solved: SolvedBlock, streams: Streams, seed: int

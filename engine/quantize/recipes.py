@@ -79,5 +79,5 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
         true_sequential=options.true_sequential,
         training=TrainingOptions(steps=4, tokens=256, learning_rate=4e-3) if trained else None,
         training_sequences=min(8, options.sequences or 32),
-        end_to_end={2: 13, 3: 11, 4: 3} if trained else {},
+        end_to_end={2: 16, 3: 16, 4: 4} if trained else {},
     )

@@ -4,7 +4,8 @@
 
 Each row quantizes SmolLM2-135M-Instruct in groups of 64 into the folder --work (unless it is there), loads what it wrote
 and scores the first 16,384 tokens of the text in windows of 1,024. Calibrated rows see as many windows of FILE as of the
-text that ships with AnyBit. Rows of a run replace those of the same method, variant and seed in OUT. "rotated" is the same
+text that ships with AnyBit. Rows of a run replace those of the same method, variant and seed in OUT; where every width
+has a checkpoint of its own, --widths makes some of them and leaves the others in OUT alone. "rotated" is the same
 function with other weights (`quality_sources`), off the 4-bit grid of the file that the demo model comes in. `--markdown`
 prints the table of OUT and does nothing else.
 """
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--variant", choices=("original", "rotated", "both"), default="both")
+    parser.add_argument("--widths", type=lambda text: tuple(map(int, text.split(","))), default=WIDTHS)
     parser.add_argument("--seeds", type=int, default=3, help="of rows that have several")
     parser.add_argument("--source", default="demo")
     parser.add_argument("--device", default="auto")
@@ -113,10 +115,13 @@ def run_rows(source: SourceModel, variant: str, arguments: argparse.Namespace) -
         for seed in row.seeds[: arguments.seeds]:
             checkpoints = [
                 make_checkpoint(source, variant, name, widths, seed, arguments)
-                for widths in ([(width,) for width in row.widths] if row.single else [row.widths])
+                for widths in (
+                    [(width,) for width in row.widths if width in arguments.widths] if row.single else [row.widths]
+                )
             ]
             results = score(source, checkpoints, arguments)
-            store(arguments.json, {"method": row.name, "variant": variant, "seed": seed, **results}, arguments)
+            entry = {"method": row.name, "variant": variant, "seed": seed, **results}
+            store(arguments.json, entry, row.single, arguments)
             if not arguments.keep:
                 for directory, _ in checkpoints:
                     shutil.rmtree(directory)
@@ -157,7 +162,8 @@ def score(
     device = resolve_device(arguments.device)
     variants: list[Variant] = []
     reference: Variant | None = None
-    for directory, _ in checkpoints:
+    made_in: list[float] = []
+    for directory, minutes in checkpoints:
         reader = CheckpointReader(directory)
         comparison = Comparison(reader, CONTEXT, 8, "bf16", device)
         reference = reference or comparison.unquantized(source)
@@ -166,13 +172,13 @@ def score(
             for variant in nested:
                 variant.effective_bits = variant.bit_width + _channel_bits(reader)
         variants += nested
+        made_in += [minutes] * len(nested)
     tokenizer = Tokenizer.from_file(str(checkpoints[0][0] / "tokenizer.json"))
     token_ids = tokenizer.encode(read_text(arguments.text), add_special_tokens=False).ids
     if reference is None:
         raise ValueError("There is nothing to score.")
     score_windows([reference, *variants], windows(token_ids, CONTEXT, MAX_TOKENS), reference)
     return {
-        "minutes": round(sum(minutes for _, minutes in checkpoints), 2),
         "float_perplexity": reference.perplexity,
         "widths": {
             str(variant.bit_width): {
@@ -180,8 +186,9 @@ def score(
                 "perplexity": variant.perplexity,
                 "kl": variant.kl / variant.tokens,
                 "top1_agreement": variant.agreements / variant.tokens,
+                "minutes": round(minutes, 2),
             }
-            for variant in variants
+            for variant, minutes in zip(variants, made_in, strict=True)
         },
     }
 
@@ -192,12 +199,15 @@ def _channel_bits(reader: CheckpointReader) -> float:
     return 32 * sum(rows for rows, _ in shapes) / sum(rows * columns for rows, columns in shapes)
 
 
-def store(path: Path, row: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Add the row to the file, in place of its former self."""
+def store(path: Path, row: dict[str, Any], is_single: bool, arguments: argparse.Namespace) -> None:
+    """Add the row to the file, in place of its former self; of single widths, those not made again are kept."""
     report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     row["device"] = f"{platform.machine()}, {describe_device(resolve_device(arguments.device))}"
     row["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     key = (row["method"], row["variant"], row["seed"])
+    if is_single:
+        former = [other for other in report["rows"] if (other["method"], other["variant"], other["seed"]) == key]
+        row["widths"] = {**(former[0]["widths"] if former else {}), **row["widths"]}
     kept = [other for other in report["rows"] if (other["method"], other["variant"], other["seed"]) != key]
     report |= {"model": "SmolLM2-135M-Instruct", "text": arguments.text.name, "group_size": 64, "rows": [*kept, row]}
     path.write_text(json.dumps(report, indent=1))
@@ -214,7 +224,8 @@ def markdown(report: dict[str, Any]) -> str:
             for width in WIDTHS
         ]
         seed = f", seed {row['seed']}" if row["seed"] else ""
-        lines.append(f"| {row['variant']} | {row['method']}{seed} | {' | '.join(cells)} | {row['minutes']:.1f} |")
+        minutes = ", ".join(dict.fromkeys(f"{entry['minutes']:.1f}" for entry in row["widths"].values()))
+        lines.append(f"| {row['variant']} | {row['method']}{seed} | {' | '.join(cells)} | {minutes} |")
     return "\n".join(lines)
 
 

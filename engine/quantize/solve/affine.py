@@ -12,8 +12,9 @@ _SINGULAR = 1e-6  # of the trace: below it a group's codes are taken to be all e
 def initial_solution(problem: NestedProblem, clip_ratios: tuple[float, ...] = CLIP_RATIOS) -> NestedSolution:
     """Round to nearest on the min-max grid of each row and group, shrunk about its middle by the best clip ratio.
 
-    The ratio minimises Σ_r importance_r Σ_i H_r,ii (T_r − Ŵ_r)² of its group. A width's levels are the middles of the
-    ranges of the codes that it does not tell apart.
+    The ratio minimises Σ_r importance_r Σ_i H_r,ii (T_r − Ŵ_r)² of its group, and what the remainder's range will cost
+    where a problem says that it matters. A width's levels are the middles of the ranges of the codes that it does not
+    tell apart.
     """
     target = problem.targets[-1]  # the widest
     rows = target.shape[0]
@@ -31,6 +32,8 @@ def initial_solution(problem: NestedProblem, clip_ratios: tuple[float, ...] = CL
             error = problem.targets[index] - candidate.read_width(problem, index)
             weighted = importance * error.square_() * diagonals[index]
             cost += weighted.view(rows, -1, problem.group_size).sum(2)
+        if problem.remainder_importance:
+            cost += _remainder_cost(problem, candidate, diagonals[-1])
         if best is None or best_cost is None:
             best, best_cost = candidate, cost
             continue
@@ -42,6 +45,14 @@ def initial_solution(problem: NestedProblem, clip_ratios: tuple[float, ...] = CL
     if best is None:
         raise ValueError("No clip ratio was given.")
     return best
+
+
+def _remainder_cost(problem: NestedProblem, candidate: NestedSolution, diagonal: Tensor) -> Tensor:
+    """The weighted error of two more bits spread evenly over the range of what the widest width leaves: [out, groups]."""
+    remainder = problem.targets[-1] - candidate.read_width(problem, -1)
+    low, high = remainder.view(candidate.codes.shape[0], -1, problem.group_size).aminmax(dim=2)
+    energy = diagonal.view(-1, problem.group_size).sum(1)
+    return problem.remainder_importance * problem.importance[-1] * ((high - low) / 4).square_() / 12 * energy
 
 
 def _rounded(problem: NestedProblem, middle: Tensor, half_range: Tensor) -> NestedSolution:

@@ -20,6 +20,7 @@ _DECOUPLEQ_ROUNDS = 3
 _DESCENT_PASSES = 3
 _RESIDUAL_PASSES = 2
 _LOW_IMPORTANCE = {2: 2.0, 3: 1.2, 4: 1.0}
+_REMAINDER_IMPORTANCE = 1.0
 _RESIDUAL_IMPORTANCE = {6: 2.0, 8: 1.0}
 
 
@@ -76,11 +77,7 @@ def solve_decoupleq(
 
 
 def solve_joint(problem: NestedProblem) -> NestedSolution:
-    """A GPTQ pass, then coordinate descent over codes and float parts of all widths together.
-
-    What clipping cuts off the high nibble widens the range that a low nibble must cover: a grid that is hardly clipped
-    has half the error at 6 and 8 bits, but serves 2 to 4 bits worse.
-    """
+    """A GPTQ pass, then coordinate descent over codes and float parts of all widths together."""
     solution = solve_gptq(problem)
     for _ in range(_DESCENT_PASSES):
         descent_pass(problem, solution)
@@ -100,9 +97,17 @@ Solver = Callable[[NestedProblem], NestedSolution]
 
 
 def solve_shared(
-    weight: Tensor, hessians: Hessians, bit_widths: Sequence[int], group_size: int, solver: Solver
+    weight: Tensor,
+    hessians: Hessians,
+    bit_widths: Sequence[int],
+    group_size: int,
+    solver: Solver,
+    has_residual: bool = False,
 ) -> Solved:
-    """Codes of the widest of `bit_widths`, shared by all of them: widths up to 4, or a single one."""
+    """Codes of the widest of `bit_widths`, shared by all of them: widths up to 4, or a single one.
+
+    `has_residual`: a low nibble will follow. What clipping cuts off the high one widens the range that it must cover.
+    """
     widths = tuple(sorted(bit_widths))
     problem = NestedProblem(
         widths,
@@ -111,6 +116,7 @@ def solve_shared(
         weight.expand(len(widths), *weight.shape),
         tuple(hessians[width] for width in widths),
         _balanced(weight, hessians, widths, _LOW_IMPORTANCE if len(widths) > 1 else dict.fromkeys(widths, 1.0)),
+        _REMAINDER_IMPORTANCE if has_residual else 0.0,
     )
     solution = solver(problem)
     codes = solution.codes << (layout.CODE_BITS - max(widths))

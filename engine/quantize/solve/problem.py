@@ -14,7 +14,8 @@ class NestedProblem:
 
     A code has `code_bits` bits and width r reads the top r of them: Ŵ_r = s_r · (code >> (code_bits − r)) + z_r, with
     s, z per row and group of `group_size` inputs. `targets` float32 [widths, out, in] (expanded where equal),
-    `hessians` and `importance` one per width.
+    `hessians` and `importance` one per width. With `remainder_importance`, what the widest width leaves over is coded
+    too, later: grids are then chosen with an eye to its range, counted by the error of four levels across it.
     """
 
     bit_widths: tuple[int, ...]
@@ -23,6 +24,7 @@ class NestedProblem:
     targets: Tensor
     hessians: tuple[DampedHessian, ...]
     importance: tuple[float, ...]
+    remainder_importance: float = 0.0
 
     @property
     def num_groups(self) -> int:
