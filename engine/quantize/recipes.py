@@ -70,14 +70,15 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
     if options.damping is None:
         # A low nibble lies in the wide range that the high one left, so where its error goes must be known more exactly.
         damping = {2: 0.1, 3: 0.1, 4: 0.1, 6: 0.01, 8: 0.01}
+    # Of equally many tokens, many short windows generalise better at 2 bits than few long ones.
     return Recipe(
         solve_joint,
-        options.sequences or 32,
-        options.context or 512,
+        options.sequences or 64,
+        options.context or 256,
         damping,
         prefix_hessians=options.true_sequential,
         true_sequential=options.true_sequential,
         training=TrainingOptions(steps=4, tokens=256, learning_rate=4e-3) if trained else None,
-        training_sequences=min(8, options.sequences or 32),
+        training_sequences=min(16, options.sequences or 64),
         end_to_end={2: 16, 3: 16, 4: 4} if trained else {},
     )

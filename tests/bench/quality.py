@@ -3,17 +3,18 @@
     python tests/bench/quality.py --calibration FILE --text FILE --json OUT [--rows rtn,best] [--variant rotated]
 
 Each row quantizes SmolLM2-135M-Instruct in groups of 64 into the folder --work (unless it is there), loads what it wrote
-and scores the first 16,384 tokens of the text in windows of 1,024. Calibrated rows see as many windows of FILE as of the
-text that ships with AnyBit. Rows of a run replace those of the same method, variant and seed in OUT; where every width
-has a checkpoint of its own, --widths makes some of them and leaves the others in OUT alone. "rotated" is the same
-function with other weights (`quality_sources`), off the 4-bit grid of the file that the demo model comes in. `--markdown`
-prints the table of OUT and does nothing else.
+and scores the first 16,384 tokens of the text in windows of 1,024. Calibrated rows all see the same windows, as many of
+FILE as of the text that ships with AnyBit. Rows of a run replace those of the same method, variant and seed in OUT; where
+every width has a checkpoint of its own, --widths makes some of them and leaves the others in OUT alone. "rotated" is the
+same function with other weights (`quality_sources`), off the 4-bit grid of the file that the demo model comes in.
+--markdown prints the table of OUT and does nothing else.
 """
 
 import argparse
 import json
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--variant", choices=("original", "rotated", "both"), default="both")
     parser.add_argument("--widths", type=lambda text: tuple(map(int, text.split(","))), default=WIDTHS)
+    parser.add_argument("--sequences", type=int, default=64, help="windows that calibrated rows see")
+    parser.add_argument("--context", type=int, default=256, help="tokens of such a window")
     parser.add_argument("--seeds", type=int, default=3, help="of rows that have several")
     parser.add_argument("--source", default="demo")
     parser.add_argument("--device", default="auto")
@@ -143,6 +146,8 @@ def make_checkpoint(
         bit_widths=widths,
         group_size=64,
         calibration=_TEXTS[row.texts](str(arguments.calibration)),
+        sequences=arguments.sequences,
+        context=arguments.context,
         seed=seed,
         device=arguments.device,
     )
@@ -203,6 +208,7 @@ def store(path: Path, row: dict[str, Any], is_single: bool, arguments: argparse.
     """Add the row to the file, in place of its former self; of single widths, those not made again are kept."""
     report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     row["device"] = f"{platform.machine()}, {describe_device(resolve_device(arguments.device))}"
+    row["calibration"] = f"{arguments.sequences} x {arguments.context} tokens"
     row["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     key = (row["method"], row["variant"], row["seed"])
     if is_single:
@@ -215,18 +221,26 @@ def store(path: Path, row: dict[str, Any], is_single: bool, arguments: argparse.
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """A line per method and variant; rows of several seeds give their mean and, at the narrowest width, all of them."""
     lines = ["| weights | method | 2 | 3 | 4 | 6 | 8 | minutes |", "|---|---|---|---|---|---|---|---|"]
+    of_method: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        cells = [
-            f"{row['widths'][str(width)]['perplexity']:,.2f} ({row['widths'][str(width)]['kl']:.3f})"
-            if str(width) in row["widths"]
-            else ""
-            for width in WIDTHS
-        ]
-        seed = f", seed {row['seed']}" if row["seed"] else ""
-        minutes = ", ".join(dict.fromkeys(f"{entry['minutes']:.1f}" for entry in row["widths"].values()))
-        lines.append(f"| {row['variant']} | {row['method']}{seed} | {' | '.join(cells)} | {minutes} |")
+        of_method.setdefault((row["variant"], row["method"]), []).append(row)
+    for (variant, method), rows in sorted(of_method.items(), key=lambda entry: entry[0][0]):
+        cells = [_cell([row["widths"][str(width)] for row in rows if str(width) in row["widths"]]) for width in WIDTHS]
+        minutes = sorted({entry["minutes"] for row in rows for entry in row["widths"].values()})
+        spent = f"{minutes[0]:.1f}" + (f" to {minutes[-1]:.1f}" if minutes[-1] > minutes[0] + 0.05 else "")
+        lines.append(f"| {variant} | {method} | {' | '.join(cells)} | {spent} |")
     return "\n".join(lines)
+
+
+def _cell(entries: list[dict[str, Any]]) -> str:
+    if not entries:
+        return ""
+    perplexities = [entry["perplexity"] for entry in entries]
+    kl = statistics.mean(entry["kl"] for entry in entries)
+    spread = f" [{', '.join(f'{value:.1f}' for value in perplexities)}]" if len(entries) > 1 else ""
+    return f"{statistics.mean(perplexities):,.2f} ({kl:.3f}){spread}"
 
 
 if __name__ == "__main__":
