@@ -4,11 +4,12 @@ decoupleQ calls this its optional third step (arXiv 2404.12759, section 3.5, the
 float model itself, so any text will do and nothing but scales and zeros moves.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from anybit.engine.quantize.solve.coded import FloatPart
 from anybit.engine.quantize.solve.trained import TrainedPart
 
 _COMPARED_EVERY = 2
+_COMPARED_TOGETHER = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def train_end_to_end(
     recompute: bool,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[dict[str, FloatPart]]:
-    """Minimise KL(float ‖ width) over tokens; returns the new float parts of every block, by site.
+    """Minimise KL(float ‖ width) over tokens, cross entropy but for a constant; the new float parts of every block, by site.
 
     With `recompute` a block's activations are computed again in the backward
     pass instead of being kept.
@@ -90,19 +92,54 @@ def train_end_to_end(
         hidden = data.embedded[chosen]
         # Of neighbouring tokens one in two is compared: the head costs as much as several blocks.
         compared = slice(step % _COMPARED_EVERY, None, _COMPARED_EVERY)
-        with torch.no_grad():
-            expected = torch.log_softmax(data.head(data.targets[chosen][:, compared]), -1)
         for index in range(len(blocks)):
             hidden = (
                 checkpoint(run_block, index, hidden, use_reentrant=False) if recompute else run_block(index, hidden)
             )
-        log_probs = torch.log_softmax(data.head(hidden[:, compared]), -1)
-        loss = F.kl_div(log_probs.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean")
-        if not bool(torch.isfinite(loss)):
+        loss, gradient = distribution_gradient(hidden[:, compared], data.targets[chosen][:, compared], data.head)
+        if not math.isfinite(loss):
             raise ArithmeticError(f"Training at {bit_width} bits diverged.")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        hidden[:, compared].backward(gradient)  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress(step + 1)
     return [{site: part.part() for site, part in sites.items()} for sites in trained]
+
+
+def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> tuple[float, Tensor]:
+    """Mean cross entropy over tokens, and its gradient to `hidden`; both [sequences, tokens, hidden].
+
+    Some tokens at a time: logits of all of them would be by far the largest tensors here, and new memory each time.
+    """
+    leaf = hidden.detach().flatten(0, 1).requires_grad_()
+    total = 0.0
+    of_both = (torch.split(tensor, _COMPARED_TOGETHER) for tensor in (leaf, targets.flatten(0, 1)))
+    for part, target in zip(*of_both, strict=True):
+        with torch.no_grad():
+            wanted = torch.softmax(head(target), -1)
+        loss: Tensor = _CrossEntropy.apply(head(part), wanted)  # type: ignore[no-untyped-call]
+        share = len(part) / len(leaf)
+        loss.backward(loss.new_tensor(share))  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) * share
+    if leaf.grad is None:
+        raise ValueError("There is nothing to compare.")
+    return total, leaf.grad.view_as(hidden)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean over tokens of −Σ wanted · log softmax(logits), both [..., vocab]; half of autograd's passes over them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        probabilities = torch.softmax(logits, -1)
+        largest, token = logits.max(-1, keepdim=True)
+        log_sum = largest - probabilities.gather(-1, token).log_()
+        loss: Tensor = (log_sum[..., 0] - torch.linalg.vecdot(wanted, logits)).mean()
+        ctx.save_for_backward(probabilities.sub_(wanted).div_(loss.new_tensor(log_sum.numel())))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference.mul_(gradient), None

@@ -8,7 +8,13 @@ from anybit.engine.models.registry import parse_config
 from anybit.engine.quantize.calibrate.block import SITES, Block, load_linears, load_vectors
 from anybit.engine.quantize.solve.affine import initial_solution
 from anybit.engine.quantize.solve.coded import CodedWeight, FloatPart
-from anybit.engine.quantize.solve.end_to_end import Distillation, EndToEndOptions, QuantizedBlock, train_end_to_end
+from anybit.engine.quantize.solve.end_to_end import (
+    Distillation,
+    EndToEndOptions,
+    QuantizedBlock,
+    distribution_gradient,
+    train_end_to_end,
+)
 from anybit.engine.quantize.solve.trained import TrainedPart
 from anybit.engine.quantize.solve.training import TrainingData, TrainingOptions, block_loss, train_block
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
@@ -159,3 +165,19 @@ def test_zeros_alone_can_be_trained(block_of_tiny_llama):
     )
     assert all(torch.equal(trained[name].scale, start[name].scale) for name in start)
     assert any(not torch.equal(trained[name].zero, start[name].zero) for name in start)
+
+
+def test_gradient_towards_a_distribution_is_that_of_the_divergence():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 16, dtype=torch.float64, generator=generator)
+    hidden, targets = torch.randn(2, 3, 101, 16, dtype=torch.float64, generator=generator)
+    hidden.requires_grad_()
+
+    loss, gradient = distribution_gradient(hidden, targets, lambda x: x @ table.T)
+
+    expected = torch.log_softmax(targets @ table.T, -1)
+    divergence = (expected.exp() * (expected - torch.log_softmax(hidden @ table.T, -1))).sum(-1).mean()
+    (wanted,) = torch.autograd.grad(divergence, hidden)
+    entropy = -(expected.exp() * expected).sum(-1).mean()
+    torch.testing.assert_close(gradient, wanted)
+    assert loss == pytest.approx(float(divergence.detach() + entropy))
