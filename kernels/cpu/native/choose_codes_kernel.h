@@ -20,49 +20,66 @@ static inline int64_t first_largest(const Floats* values, int64_t count) {
     return kMaxCodes - (int64_t)max_lanes(ranks);
 }
 
-template <int kCount, int kVectors>
-static void choose_row(const CodeBlock& block, int64_t row) {
+// Rows row .. row + kTogether - 1. What one column's code costs is a chain of dependent operations, so that several rows
+// side by side take hardly longer than one.
+template <int kCount, int kVectors, int kTogether>
+static void choose_together(const CodeBlock& block, int64_t row) {
     constexpr int kLevels = kVectors * kBlockRows;
-    alignas(64) float levels[kCount][kLevels], target[kCount][kMaxCodeColumns];
+    alignas(64) float levels[kTogether][kCount][kLevels], target[kTogether][kCount][kMaxCodeColumns];
     const int64_t columns = block.columns;
-    for (int r = 0; r < kCount; ++r) {
-        const float scale = block.scale[r * block.rows + row], zero = block.zero[r * block.rows + row];
-        for (int code = 0; code < kLevels; ++code)
-            levels[r][code] = code < block.num_codes ? (float)(code >> block.shifts[r]) * scale + zero : kNoLevel;
-        __builtin_memcpy(target[r], block.targets + (r * block.rows + row) * columns, columns * sizeof(float));
-    }
+    const auto part = [&](int t, int r) { return r * block.rows + row + t; };
+    for (int t = 0; t < kTogether; ++t)
+        for (int r = 0; r < kCount; ++r) {
+            const float scale = block.scale[part(t, r)], zero = block.zero[part(t, r)];
+            for (int code = 0; code < kLevels; ++code)
+                levels[t][r][code] = code < block.num_codes ? (float)(code >> block.shifts[r]) * scale + zero : kNoLevel;
+            __builtin_memcpy(target[t][r], block.targets + part(t, r) * columns, columns * sizeof(float));
+        }
     for (int64_t column = 0; column < columns; ++column) {
-        Floats gain[kVectors];  // cost with its sign turned
-        for (int i = 0; i < kVectors; ++i) {
-            gain[i] = broadcast(0.0f);
+        int64_t chosen[kTogether];
+        for (int t = 0; t < kTogether; ++t) {
+            Floats gain[kVectors];  // cost with its sign turned
+            for (int i = 0; i < kVectors; ++i) {
+                gain[i] = broadcast(0.0f);
+                for (int r = 0; r < kCount; ++r) {
+                    const Floats error =
+                        add(load_floats(levels[t][r] + i * kBlockRows), broadcast(-target[t][r][column]));
+                    gain[i] = fma(mul(error, error), broadcast(-block.weights[r * columns + column]), gain[i]);
+                }
+            }
+            chosen[t] = first_largest(gain, kVectors);
+        }
+        for (int t = 0; t < kTogether; ++t) {
+            block.codes[(row + t) * columns + column] = (uint8_t)chosen[t];
             for (int r = 0; r < kCount; ++r) {
-                const Floats error = add(load_floats(levels[r] + i * kBlockRows), broadcast(-target[r][column]));
-                gain[i] = fma(mul(error, error), broadcast(-block.weights[r * columns + column]), gain[i]);
+                const int64_t place = part(t, r) * columns + column;
+                const float value = levels[t][r][chosen[t]];
+                block.values[place] = value;
+                const Floats error =
+                    broadcast((block.origin == nullptr ? target[t][r][column] : block.origin[place]) - value);
+                const float* coupling = block.coupling + (r * columns + column) * columns;
+                // The coupling of a column with itself and those before it is zero.
+                for (int64_t k = column / kBlockRows * kBlockRows; k < columns; k += kBlockRows)
+                    store_floats(target[t][r] + k, fma(error, load_floats(coupling + k), load_floats(target[t][r] + k)));
             }
         }
-        const int64_t chosen = first_largest(gain, kVectors);
-        block.codes[row * columns + column] = (uint8_t)chosen;
-        for (int r = 0; r < kCount; ++r) {
-            const int64_t place = (r * block.rows + row) * columns + column;
-            const float value = levels[r][chosen];
-            block.values[place] = value;
-            const Floats error =
-                broadcast((block.origin == nullptr ? target[r][column] : block.origin[place]) - value);
-            const float* coupling = block.coupling + (r * columns + column) * columns;
-            // The coupling of a column with itself and those before it is zero.
-            for (int64_t k = column / kBlockRows * kBlockRows; k < columns; k += kBlockRows)
-                store_floats(target[r] + k, fma(error, load_floats(coupling + k), load_floats(target[r] + k)));
-        }
     }
-    for (int r = 0; r < kCount; ++r)
-        __builtin_memcpy(block.targets + (r * block.rows + row) * columns, target[r], columns * sizeof(float));
+    for (int t = 0; t < kTogether; ++t)
+        for (int r = 0; r < kCount; ++r)
+            __builtin_memcpy(block.targets + part(t, r) * columns, target[t][r], columns * sizeof(float));
 }
+
+constexpr int kRowsTogether = 4;
 
 template <int kCount>
 static void choose_rows(const CodeBlock& block, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row)
-        if (block.num_codes <= kBlockRows) choose_row<kCount, 1>(block, row);
-        else choose_row<kCount, kMaxCodeVectors>(block, row);
+    if (block.num_codes > kBlockRows) {
+        for (int64_t row = first; row < last; ++row) choose_together<kCount, kMaxCodeVectors, 1>(block, row);
+        return;
+    }
+    int64_t row = first;
+    for (; row + kRowsTogether <= last; row += kRowsTogether) choose_together<kCount, 1, kRowsTogether>(block, row);
+    for (; row < last; ++row) choose_together<kCount, 1, 1>(block, row);
 }
 
 static void choose_codes(const CodeBlock& block, int64_t first, int64_t last) {
