@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from anybit.engine.config import ConfigError
-from anybit.kernels.cpu.library import get_threads, selected_instruction_set, set_threads
+from anybit.kernels.cpu.bindings import get_threads, selected_instruction_set, set_threads
 
 _KEPT_BYTES = 256 << 20
 # Names of /proc/cpuinfo that decide which kernels a processor can run, of x86 and of ARM.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anybit.kernels.cpu import choose_codes as cpu_codes
 from anybit.kernels.cpu import packed as cpu
-from anybit.kernels.cpu.library import is_native
+from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable import attention as portable_attention

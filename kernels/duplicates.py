@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anybit.kernels.cpu.library import FloatPart, Weight
+from anybit.kernels.cpu.bindings import FloatPart, Weight
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.dispatch import ServedWeight
 from anybit.kernels.nested import Affine, NestedWeight

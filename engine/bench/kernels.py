@@ -21,7 +21,7 @@ from anybit.engine.machine import (
 )
 from anybit.kernels import dispatch, layout
 from anybit.kernels.cpu.bandwidth import ReadProbe
-from anybit.kernels.cpu.library import get_threads
+from anybit.kernels.cpu.bindings import get_threads
 from anybit.kernels.cpu.threads import torch_on_all_threads
 from anybit.kernels.duplicates import duplicates
 from anybit.kernels.nested import NestedWeight

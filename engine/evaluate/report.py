@@ -24,7 +24,7 @@ from anybit.engine.models.registry import parse_config, read_config
 from anybit.engine.text_prefix import first_tokens
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.source import SourceModel
-from anybit.kernels.cpu.library import set_threads
+from anybit.kernels.cpu.bindings import set_threads
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); a stage is "evaluate" for the text or "tasks" for the questions."""

@@ -24,7 +24,7 @@ from anybit.engine.quantize.work_folder import WorkFolder
 from anybit.engine.text_prefix import first_tokens
 from anybit.engine.weights.source import SourceModel
 from anybit.kernels import layout
-from anybit.kernels.cpu.library import set_threads
+from anybit.kernels.cpu.bindings import set_threads
 
 logger = logging.getLogger("anybit.quantize")
 

@@ -27,7 +27,7 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import LoadedWeight, NestedLoader
 from anybit.engine.weights.tiles import TILE_ROWS, Budget, Tile, WeightShape, draw_tiles, stack_tiles
 from anybit.kernels import dispatch, layout, reference
-from anybit.kernels.cpu.library import is_native
+from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.threads import one_thread
 from anybit.kernels.dispatch import ServedWeight
 from anybit.kernels.nested import NestedWeight

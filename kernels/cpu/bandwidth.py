@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from anybit.kernels.cpu.library import library
+from anybit.kernels.cpu.bindings import library
 from anybit.kernels.cpu.threads import torch_on_all_threads
 
 _WORD_BYTES = 8

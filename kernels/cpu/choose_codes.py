@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anybit.kernels.cpu.library import NUM_WIDTHS, library
+from anybit.kernels.cpu.bindings import NUM_WIDTHS, library
 
 _MAX_CODES = 256
 _MAX_COLUMNS = 128

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels import layout
-from anybit.kernels.cpu.library import FloatPart, Segment, Weight, is_native, library
+from anybit.kernels.cpu.bindings import FloatPart, Segment, Weight, is_native, library
 from anybit.kernels.nested import NestedWeight
 
 BLOCK_ROWS = 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anybit.kernels.cpu.library import Segment, Weight, library
+from anybit.kernels.cpu.bindings import Segment, Weight, library
 from anybit.kernels.cpu.packed import PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}

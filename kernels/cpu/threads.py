@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from anybit.kernels.cpu.library import get_threads, set_threads
+from anybit.kernels.cpu.bindings import get_threads, set_threads
 
 
 @contextmanager

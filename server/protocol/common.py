@@ -1,5 +1,6 @@
 """What completions and chat have in common: sampling fields, usage, errors and model cards."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
@@ -96,9 +97,9 @@ class GenerationFields(RequestModel):
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to report beside each token; None: no log probabilities at all."""
-        raise NotImplementedError
 
     @property
     def num_prompt_logprobs(self) -> int | None:

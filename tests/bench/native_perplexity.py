@@ -28,7 +28,7 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
 from anybit.engine.weights.resolve import resolve_model
 from anybit.kernels import reference
-from anybit.kernels.cpu.library import selected_instruction_set, set_threads
+from anybit.kernels.cpu.bindings import selected_instruction_set, set_threads
 from anybit.kernels.nested import NestedWeight
 
 WIDTHS = (2, 3, 4, 6, 8)

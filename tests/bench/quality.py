@@ -36,7 +36,7 @@ from anybit.engine.quantize.run import quantize
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.selfcheck import check_checkpoint
 from anybit.engine.weights.source import SourceModel
-from anybit.kernels.cpu.library import set_threads
+from anybit.kernels.cpu.bindings import set_threads
 
 WIDTHS = (2, 3, 4, 6, 8)
 CONTEXT = 1024

@@ -32,7 +32,7 @@ from anybit.engine.quantize.prepare import fetch_source
 from anybit.engine.weights.loader import DenseLoader
 from anybit.engine.weights.open_source import open_source
 from anybit.engine.weights.source import SourceModel
-from anybit.kernels.cpu.library import set_threads
+from anybit.kernels.cpu.bindings import set_threads
 
 VARIANTS = ("original", "rotated")
 _TOGETHER = 6  # candidates whose weights are in memory at once, beside the float model they share

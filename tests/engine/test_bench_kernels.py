@@ -12,7 +12,7 @@ from anybit.engine.bench.kernels import Rotation, bench_kernels
 from anybit.engine.bench.shapes import DEFAULT_SHAPES, MODEL_SHAPES, Shape, parse_shapes
 from anybit.engine.machine import cpu_flags
 from anybit.kernels import dispatch
-from anybit.kernels.cpu import bandwidth, library
+from anybit.kernels.cpu import bandwidth, bindings
 from anybit.kernels.cpu.bandwidth import read_bytes_per_second
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.duplicates import duplicates
@@ -41,10 +41,10 @@ def report(quick):
 @pytest.fixture
 def portable(monkeypatch):
     """As if the native library had not been built."""
-    monkeypatch.setenv(library.VARIABLE, "none")
-    library.library.cache_clear()
+    monkeypatch.setenv(bindings.VARIABLE, "none")
+    bindings.library.cache_clear()
     yield
-    library.library.cache_clear()
+    bindings.library.cache_clear()
 
 
 def tensors_of(weight: dispatch.ServedWeight) -> list[torch.Tensor]:
@@ -166,7 +166,7 @@ def test_copies_stop_where_memory_does(monkeypatch):
 @pytest.mark.parametrize("widths", [(2,), (3, 8), (2, 3, 4, 6, 8)])
 @pytest.mark.parametrize("native", [True, False])
 def test_duplicates_are_the_same_weight_elsewhere(native, widths):
-    if native and not library.is_native():
+    if native and not bindings.is_native():
         pytest.skip("The native CPU kernels were not built.")
     weight = random_nested(40, 64, 32, widths)
     served = dispatch.prepare(weight) if native else weight

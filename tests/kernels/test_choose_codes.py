@@ -5,7 +5,7 @@ import torch
 
 from anybit.kernels import reference
 from anybit.kernels.cpu import choose_codes as cpu
-from anybit.kernels.cpu.library import instruction_sets, is_native, select_instruction_set, selected_instruction_set
+from anybit.kernels.cpu.bindings import instruction_sets, is_native, select_instruction_set, selected_instruction_set
 from anybit.kernels.portable import choose_codes as portable
 
 SHAPES = {

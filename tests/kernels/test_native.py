@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybit.kernels import layout, reference
-from anybit.kernels.cpu import library, packed
+from anybit.kernels.cpu import bindings, packed
 from anybit.kernels.nested import Affine, NestedWeight
 from anybit.kernels.portable import greedy as portable_greedy
 from anybit.kernels.portable import norm as portable_norm
 from tests.fixtures.nested import random_nested, with_noise_below
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(bindings.library() is None, reason="the native kernels were not built")
 
 # [out, in, group]: SmolLM2, Qwen2.5-0.5B, rows of Llama-3-8B, and odd sizes.
 SHAPES = [
@@ -27,22 +27,22 @@ SHAPES = [
     (100, 160, 32),
 ]
 WEIGHT = random_nested(72, 192, 64)
-INSTRUCTION_SETS = library.instruction_sets()
+INSTRUCTION_SETS = bindings.instruction_sets()
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request):
-    library.select_instruction_set(request.param)
+    bindings.select_instruction_set(request.param)
     yield request.param
-    library.select_instruction_set(INSTRUCTION_SETS[0])
+    bindings.select_instruction_set(INSTRUCTION_SETS[0])
 
 
 @pytest.fixture(params=[1, 3])
 def threads(request):
-    before = library.get_threads()
-    library.set_threads(request.param)
+    before = bindings.get_threads()
+    bindings.set_threads(request.param)
     yield
-    library.set_threads(before)
+    bindings.set_threads(before)
 
 
 def inputs(rows, in_features, seed=0):
@@ -97,15 +97,15 @@ def test_largest_codes_and_activations_overflow_nothing(instruction_set):
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(shape):
     native, x = packed.pack(random_nested(*shape)), inputs(13, shape[1])
     segments = [(2, 0, 1), (3, 1, 3), (4, 3, 6), (6, 6, 7), (8, 7, 13)]
-    before = library.get_threads()
+    before = bindings.get_threads()
     results = []
     for name in INSTRUCTION_SETS:
-        library.select_instruction_set(name)
+        bindings.select_instruction_set(name)
         for count in (1, 2, 3):
-            library.set_threads(count)
+            bindings.set_threads(count)
             results.append(packed.linear(x, native, segments))
-    library.set_threads(before)
-    library.select_instruction_set(INSTRUCTION_SETS[0])
+    bindings.set_threads(before)
+    bindings.select_instruction_set(INSTRUCTION_SETS[0])
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -180,7 +180,7 @@ def test_width_that_was_not_loaded_is_refused():
 
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="'abacus' does not run here"):
-        library.select_instruction_set("abacus")
+        bindings.select_instruction_set("abacus")
 
 
 def test_greedy_is_the_portable_one(instruction_set, threads):

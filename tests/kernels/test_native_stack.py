@@ -11,13 +11,13 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import NestedLoader
 from anybit.kernels import fallbacks
-from anybit.kernels.cpu import library
+from anybit.kernels.cpu import bindings
 from anybit.kernels.layout import BIT_WIDTHS
 from tests.fixtures.engine import cached_logits
 from tests.fixtures.tiny_families import FAMILIES, tiny_family
 from tests.fixtures.tiny_llama import decoder_of, save_llama
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="the native kernels were not built")
+pytestmark = pytest.mark.skipif(bindings.library() is None, reason="the native kernels were not built")
 TOKENS = torch.randint(4, 500, (150,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
@@ -74,10 +74,10 @@ def test_native_logits_are_those_of_the_portable_kernels(decoder, portable):
 
 def test_every_instruction_set_gives_the_same_bits(decoder):
     results = []
-    for name in library.instruction_sets():
-        library.select_instruction_set(name)
+    for name in bindings.instruction_sets():
+        bindings.select_instruction_set(name)
         results.append(logits(decoder, 4))
-    library.select_instruction_set(library.instruction_sets()[0])
+    bindings.select_instruction_set(bindings.instruction_sets()[0])
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -92,12 +92,12 @@ def test_number_of_threads_changes_no_bit(decoder, num_threads):
     """Prompts and single tokens, with few rows and with many, over histories of one run of pages and of several."""
     tokens = TOKENS * 2  # 300: more than the 256 tokens of a run
     expected = cached_logits(decoder, tokens, 290, 3, "bf16")
-    before = library.get_threads()
-    library.set_threads(num_threads)
+    before = bindings.get_threads()
+    bindings.set_threads(num_threads)
     try:
         assert torch.equal(cached_logits(decoder, tokens, 290, 3, "bf16"), expected)
     finally:
-        library.set_threads(before)
+        bindings.set_threads(before)
 
 
 def test_shape_without_whole_vectors_takes_the_layers_one_by_one_and_counts_it(tmp_path_factory):

@@ -113,7 +113,7 @@ def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> tuple[
     Some tokens at a time: logits of all of them would be by far the largest tensors here, and new memory each time.
     """
     leaf = hidden.detach().flatten(0, 1).requires_grad_()
-    total = 0.0
+    total = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
     of_both = (torch.split(tensor, _COMPARED_TOGETHER) for tensor in (leaf, targets.flatten(0, 1)))
     for part, target in zip(*of_both, strict=True):
         with torch.no_grad():
@@ -121,10 +121,10 @@ def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> tuple[
         loss: Tensor = _CrossEntropy.apply(head(part), wanted)  # type: ignore[no-untyped-call]
         share = len(part) / len(leaf)
         loss.backward(loss.new_tensor(share))  # type: ignore[no-untyped-call]
-        total += float(loss.detach()) * share
+        total += loss.detach() * share
     if leaf.grad is None:
         raise ValueError("There is nothing to compare.")
-    return total, leaf.grad.view_as(hidden)
+    return float(total), leaf.grad.view_as(hidden)
 
 
 class _CrossEntropy(torch.autograd.Function):

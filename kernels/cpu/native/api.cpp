@@ -1,4 +1,4 @@
-// What Python calls, by plain C types; `kernels/cpu/library.py` declares the other side. The interpreter lock is free meanwhile.
+// What Python calls, by plain C types; `kernels/cpu/bindings.py` declares the other side. The interpreter lock is free meanwhile.
 
 #include <Python.h>
 

@@ -13,7 +13,7 @@ from anybit.engine.quantize.solve.methods import solve_decoupleq, solve_gptq, so
 from anybit.engine.quantize.solve.problem import proxy_loss, target_energy
 from anybit.engine.quantize.solve.relaxation import relax, relaxed_pass
 from anybit.engine.quantize.solve.sweep import descent_pass, gptq_pass
-from tests.engine.quantize.problems import INPUTS, ROWS, nested_problem
+from tests.engine.quantize.problems import GROUP, INPUTS, ROWS, nested_problem
 
 
 def weighted_loss(problem, solution) -> float:
@@ -44,6 +44,22 @@ def test_gptq_of_one_width_is_the_published_one(width):
     gptq_pass(problem, solution)
     assert (solution.codes.float() != expected).double().mean() < 0.01  # ties and rounding
     assert weighted_loss(problem, solution) < before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grid_that_leaves_a_remainder_to_be_coded_is_clipped_less(seed):
+    problem = nested_problem((2, 3, 4), seed=seed)
+    problem = replace(problem, targets=problem.targets**3)  # with outliers worth clipping
+
+    def ranges(remainder_importance: float) -> torch.Tensor:
+        """Of what 4 bits leave over: [out, groups]."""
+        solution = initial_solution(replace(problem, remainder_importance=remainder_importance))
+        low, high = (problem.targets[-1] - solution.read_width(problem, -1)).view(ROWS, -1, GROUP).aminmax(dim=2)
+        return high - low
+
+    # The more a term of a sum counts, the smaller it is where the sum is least.
+    assert (ranges(100.0) <= ranges(0.0)).all()
+    assert ranges(100.0).mean() < ranges(0.0).mean()
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,31 +1,37 @@
 """The compiled kernels where there are none, and how one asks for others."""
 
 import logging
+import shutil
 
 import pytest
 import torch
 
 from anybit.kernels import dispatch, reference
-from anybit.kernels.cpu import library
+from anybit.kernels.cpu import bindings
 from anybit.kernels.nested import NestedWeight
 from tests.fixtures.nested import normal, random_nested
 
 
+def test_they_are_built_wherever_there_is_a_compiler():
+    """Tests of the native kernels are skipped without them, so their absence must not go unnoticed."""
+    assert bindings.is_native() or shutil.which("c++") is None
+
+
 @pytest.fixture
 def fresh_library(monkeypatch):
-    """`library.library` as in a new process."""
-    monkeypatch.delenv(library.VARIABLE, raising=False)
-    library.library.cache_clear()
-    yield library
+    """`bindings.library` as in a new process."""
+    monkeypatch.delenv(bindings.VARIABLE, raising=False)
+    bindings.library.cache_clear()
+    yield bindings
     monkeypatch.undo()
-    library.library.cache_clear()
-    library.library()
+    bindings.library.cache_clear()
+    bindings.library()
 
 
 def test_without_a_compiler_linears_are_portable_and_one_sentence_says_how_to_mend_it(
     fresh_library, monkeypatch, caplog
 ):
-    monkeypatch.setattr(library, "MODULE_NAME", "anybit.kernels.cpu._was_never_built")
+    monkeypatch.setattr(bindings, "MODULE_NAME", "anybit.kernels.cpu._was_never_built")
     weight, x = random_nested(24, 64, 32), normal(3, 64)
     with caplog.at_level(logging.WARNING, logger="anybit.kernels"):
         served = [dispatch.prepare(weight) for _ in range(3)]
@@ -37,26 +43,26 @@ def test_without_a_compiler_linears_are_portable_and_one_sentence_says_how_to_me
 
 
 def test_none_leaves_them_unused_without_a_word(fresh_library, monkeypatch, caplog):
-    monkeypatch.setenv(library.VARIABLE, "none")
+    monkeypatch.setenv(bindings.VARIABLE, "none")
     assert not fresh_library.is_native()
     assert fresh_library.instruction_sets() == []
     assert not caplog.records
 
 
-@pytest.mark.skipif(not library.is_native(), reason="the native kernels were not built")
+@pytest.mark.skipif(not bindings.is_native(), reason="the native kernels were not built")
 def test_name_of_an_instruction_set_takes_that_one(fresh_library, monkeypatch):
-    best, *others = library.instruction_sets()
+    best, *others = bindings.instruction_sets()
     for name in (*others, best):
-        monkeypatch.setenv(library.VARIABLE, name)
-        library.library.cache_clear()
-        assert library.selected_instruction_set() == name
+        monkeypatch.setenv(bindings.VARIABLE, name)
+        bindings.library.cache_clear()
+        assert bindings.selected_instruction_set() == name
 
 
-@pytest.mark.skipif(not library.is_native(), reason="the native kernels were not built")
+@pytest.mark.skipif(not bindings.is_native(), reason="the native kernels were not built")
 def test_unknown_name_takes_the_best_and_says_so(fresh_library, monkeypatch, caplog):
-    best = library.instruction_sets()[0]
-    library.select_instruction_set(best)
-    monkeypatch.setenv(library.VARIABLE, "abacus")
-    library.library.cache_clear()
-    assert library.selected_instruction_set() == best
+    best = bindings.instruction_sets()[0]
+    bindings.select_instruction_set(best)
+    monkeypatch.setenv(bindings.VARIABLE, "abacus")
+    bindings.library.cache_clear()
+    assert bindings.selected_instruction_set() == best
     assert "'abacus'" in caplog.text
