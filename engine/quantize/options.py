@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 from anybit.engine.config import BIT_WIDTHS
 
-METHODS = ("rtn", "gptq", "gptq-sliced", "decoupleq", "best")
-"""`gptq` chooses codes for all widths together, `gptq-sliced` for the widest alone; with one width both are GPTQ."""
+METHODS = ("rtn", "gptq", "gptq-sliced", "decoupleq", "decoupleq-projected", "best")
+"""`gptq` chooses codes for all widths together, `gptq-sliced` for the widest alone; with one width both are GPTQ.
+
+`decoupleq-projected` searches the codes' box by projected gradients before it rounds.
+"""
 SHIPPED = "shipped"
 """Names the calibration text that comes with the package."""
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from anybit.engine.quantize.options import QuantizeOptions
 from anybit.engine.quantize.solve.methods import Solver, solve_decoupleq, solve_joint
+from anybit.engine.quantize.solve.relaxation import relaxed_pass
 from anybit.engine.quantize.solve.training import TrainingOptions
 
 LOW_WIDTHS = (2, 3, 4)
@@ -56,9 +58,10 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
             sliced=options.method == "gptq-sliced",
             true_sequential=options.true_sequential,
         )
-    if options.method == "decoupleq":
+    if options.method in ("decoupleq", "decoupleq-projected"):
+        projected = options.method == "decoupleq-projected"
         return Recipe(
-            solve_decoupleq,
+            partial(solve_decoupleq, integer_step=relaxed_pass) if projected else solve_decoupleq,
             options.sequences or 64,
             options.context or 1024,
             damping,

@@ -70,6 +70,11 @@ ROWS = {
     "decoupleq-2-damped": Row(
         "decoupleQ per width, stages 1 and 2, damping 10 %", {"method": "decoupleq", "damping": 0.1}, single=True
     ),
+    "decoupleq-projected": Row(
+        "decoupleQ per width, stage 1, projected gradients, damping 10 %",
+        {"method": "decoupleq-projected", "stages": 1, "damping": 0.1},
+        single=True,
+    ),
     "decoupleq-channel": Row(
         "decoupleQ 2 bits per channel", {"method": "decoupleq", "per_channel": True}, single=True, widths=(2,)
     ),
