@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.quantize.calibrate.balance import ChannelSizes, balance
 from anybit.engine.quantize.calibrate.block import SITES, Block, Site, Tap, Vectors, load_linears, load_vectors
 from anybit.engine.quantize.calibrate.moments import DampedHessian, InputMoments, damp
 from anybit.engine.quantize.options import QuantizeOptions
@@ -98,7 +99,13 @@ class BlockSolver:
         linears = load_linears(self._source, layer, self._device)
         vectors = load_vectors(self._source, self._config, layer, self._device)
         with torch.no_grad():
-            float_moments, streams.float_output = self._observe(block, streams.float_hidden, linears, vectors)
+            sizes: dict[str, ChannelSizes] = {}
+            float_moments, streams.float_output = self._observe(block, streams.float_hidden, linears, vectors, sizes)
+            if self._recipe.balance:
+                balanced = balance(self._config, linears, vectors, sizes, self._recipe.balance)
+                linears, vectors = balanced.linears, balanced.vectors
+                for name, scales in balanced.input_scales.items():
+                    float_moments[name].divide_inputs(scales)
         solved: dict[str, Solved] = {}
         hessians: dict[str, dict[int, DampedHessian]] = {}
         prefix: dict[int, Moments] = {}
@@ -142,14 +149,22 @@ class BlockSolver:
                 streams.prefix[width] = _forward(block, hidden, weights, solved.vectors)
 
     def _observe(
-        self, block: Block, hidden: Tensor, linears: Mapping[str, Tensor], vectors: Vectors
+        self,
+        block: Block,
+        hidden: Tensor,
+        linears: Mapping[str, Tensor],
+        vectors: Vectors,
+        sizes: dict[str, ChannelSizes] | None = None,
     ) -> tuple[Moments, Tensor]:
+        """Moments of every site's input, and the block's output; `sizes`, if given, is filled too."""
         moments: Moments = {}
 
         def tap(site: str, x: Tensor) -> None:
             if site not in moments:
                 moments[site] = InputMoments(x.shape[-1], self._device)
             moments[site].add(x)
+            if sizes is not None:
+                sizes.setdefault(site, ChannelSizes(x.shape[-1], self._device)).add(x)
 
         return moments, _forward(block, hidden, linears, vectors, tap)
 

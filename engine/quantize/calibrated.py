@@ -28,7 +28,7 @@ from anybit.kernels.cpu.bindings import set_threads
 
 logger = logging.getLogger("anybit.quantize")
 
-_STEP_TOKENS = 1024
+_STEP_TOKENS = 512
 
 Progress = Callable[[int, int, str], None]
 
@@ -63,8 +63,8 @@ def solve_calibrated(
     solution = Solution({}, {}, _described(options, recipe, token_ids))
     for layer, block in enumerate(blocks):
         solution.weights.update(by_name(layer, block, config))
-        for name in norm_names(config) if recipe.training is not None else ():
-            solution.vectors[f"model.layers.{layer}.{name}"] = (block.vectors[name] - config.norm_offset).cpu()
+        if recipe.training is not None or recipe.balance:
+            solution.vectors.update(vectors_by_name(layer, block, config))
     return solution
 
 
@@ -75,6 +75,7 @@ def _described(options: QuantizeOptions, recipe: Recipe, token_ids: Tensor) -> d
         "context": recipe.context,
         "damping": {str(width): damping for width, damping in recipe.damping.items()},
         "per_channel": options.per_channel,
+        "balance": recipe.balance,
         "true_sequential": recipe.true_sequential,
         "block_training_steps": 0 if recipe.training is None else recipe.training.steps,
         "end_to_end_steps": {str(width): steps for width, steps in recipe.end_to_end.items()},
@@ -206,7 +207,7 @@ class ModelSolver:
 
 
 def _batch(embedded: Tensor) -> int:
-    """Sequences of a training step: as many as make about a thousand tokens."""
+    """Sequences of a training step: as many as make about five hundred tokens."""
     return max(1, _STEP_TOKENS // embedded.shape[1])
 
 
@@ -219,6 +220,17 @@ def by_name(layer: int, block: SolvedBlock, config: DecoderConfig) -> dict[str, 
             weights[name] = block.weights[site.name].rows(start, start + rows)
             start += rows
     return weights
+
+
+def vectors_by_name(layer: int, block: SolvedBlock, config: DecoderConfig) -> dict[str, Tensor]:
+    """A block's norms before linears, and its biases, by Hugging Face name, on the CPU."""
+    prefix = f"model.layers.{layer}."
+    vectors = {f"{prefix}{name}": (block.vectors[name] - config.norm_offset).cpu() for name in norm_names(config)}
+    for site in SITES:
+        if f"{site.name}.bias" in block.vectors:
+            biases = torch.split(block.vectors[f"{site.name}.bias"].cpu(), site.rows(config))
+            vectors.update({f"{prefix}{linear}.bias": bias for linear, bias in zip(site.linears, biases, strict=True)})
+    return vectors
 
 
 def _moved(block: SolvedBlock, device: torch.device) -> SolvedBlock:

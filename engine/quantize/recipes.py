@@ -18,8 +18,8 @@ class Recipe:
 
     `prefix_hessians`: a width's Hessians come from activations that the quantized blocks before produced at that
     width, else from the float model. `prefix_target`: a block learns to do to a width's own input what the float block
-    does to it (decoupleQ), else to give what the float model has at this depth. `end_to_end` maps widths to steps of
-    training through the whole model.
+    does to it (decoupleQ), else to give what the float model has at this depth. `balance` is the power of a channel's
+    size by which its weights are scaled. `end_to_end` maps widths to steps of training through the whole model.
     """
 
     solver: Solver | None
@@ -30,6 +30,7 @@ class Recipe:
     prefix_hessians: bool = True
     prefix_target: bool = False
     true_sequential: bool = False
+    balance: float = 0.0
     training: TrainingOptions | None = None
     training_sequences: int = 0
     importance: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((2, 3, 4, 6, 8), 1.0))
@@ -81,7 +82,8 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
         damping,
         prefix_hessians=options.true_sequential,
         true_sequential=options.true_sequential,
-        training=TrainingOptions(steps=4, tokens=256, learning_rate=4e-3) if trained else None,
+        balance=0.25,
+        training=TrainingOptions(steps=10, tokens=256, learning_rate=4e-3) if trained else None,
         training_sequences=min(16, options.sequences or 64),
-        end_to_end={2: 16, 3: 16, 4: 4} if trained else {},
+        end_to_end={2: 22, 3: 14, 4: 4} if trained else {},
     )

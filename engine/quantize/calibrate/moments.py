@@ -11,8 +11,8 @@ _CHUNK_TOKENS = 1024
 class InputMoments:
     """Running E[x xᵀ] and E[x] of the inputs at one site, in float64.
 
-    Products of up to 1,024 tokens are formed in float32 (never in TF32 or bf16) and summed in float64. Tokens whose
-    input is not finite are left out and counted.
+    Products and sums of up to 1,024 tokens are formed in float32 (never in TF32 or bf16) and added up in float64.
+    Tokens whose input is not finite are left out and counted.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -24,14 +24,21 @@ class InputMoments:
     def add(self, x: Tensor) -> None:
         """x float32 [..., in]."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
+        # One pass: a sum is finite only if all its terms are.
+        if not bool(torch.isfinite(rows.sum())):
+            finite = torch.isfinite(rows).all(dim=1)
             self.num_skipped += int((~finite).sum())
             rows = rows[finite]
         for chunk in torch.split(rows, _CHUNK_TOKENS):
-            self._sum += (chunk.T @ chunk).to(torch.float64)
-            self._mean_sum += chunk.sum(0, dtype=torch.float64)
+            self._sum += chunk.T @ chunk
+            self._mean_sum += chunk.sum(0)
         self.num_tokens += rows.shape[0]
+
+    def divide_inputs(self, factors: Tensor) -> None:
+        """Make these the moments of x / `factors`, [in]."""
+        scale = factors.to(self._sum.dtype)
+        self._sum /= scale[:, None] * scale
+        self._mean_sum /= scale
 
     @property
     def hessian(self) -> Tensor:

@@ -15,8 +15,8 @@ from anybit.engine.quantize.solve.trained import TrainedPart
 class TrainingOptions:
     """`steps` of Adam (β = 0.9, 0.99) over all widths; the rate falls linearly to zero.
 
-    Each step sees `tokens` tokens of one sequence. `learning_rate` is relative to a scale; `norm_learning_rate` to a
-    norm's mean weight.
+    Each step sees `tokens` tokens of one sequence. `learning_rate` is relative to a scale, `norm_learning_rate` to a
+    norm's gain.
     """
 
     steps: int = 16
@@ -65,20 +65,17 @@ def train_block(
     If the weighted loss over the held-out sequences has risen, nothing is changed.
     """
     started = _float_parts(parts)
-    norms = {name: vectors[name].clone().requires_grad_(options.train_norms) for name in block.norm_names}
-    trained = {**vectors, **norms}
+    gains = {name: torch.zeros_like(vectors[name], requires_grad=options.train_norms) for name in block.norm_names}
     changes = [change for sites in parts.values() for part in sites.values() for change in part.changes]
     groups: list[dict[str, object]] = [{"params": changes, "lr": options.learning_rate}]
     if options.train_norms:
-        groups += [
-            {"params": [norm], "lr": options.norm_learning_rate * float(norm.detach().abs().mean())}
-            for norm in norms.values()
-        ]
+        groups.append({"params": list(gains.values()), "lr": options.norm_learning_rate})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
 
     def loss(width: int, sequences: slice) -> Tensor:
         weights = {site: part.weight() for site, part in parts[width].items()}
+        trained = {**vectors, **_with_gains(vectors, gains)}
         tokens = slice(0, options.tokens)
         output = block(data.inputs[width][sequences, tokens], weights, trained)
         return importance[width] * block_loss(output, data.targets[width][sequences, tokens])
@@ -97,7 +94,14 @@ def train_block(
         schedule.step()
     if not held_out_loss() <= before:  # not a number either
         return started, dict(vectors)
-    return _float_parts(parts), {**vectors, **{name: norm.detach() for name, norm in norms.items()}}
+    return _float_parts(parts), {
+        **vectors,
+        **{name: norm.detach() for name, norm in _with_gains(vectors, gains).items()},
+    }
+
+
+def _with_gains(vectors: Vectors, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: vectors[name] * (1 + change) for name, change in changes.items()}
 
 
 def _float_parts(parts: Parts) -> dict[int, dict[str, FloatPart]]:

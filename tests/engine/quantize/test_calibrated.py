@@ -15,8 +15,10 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.selfcheck import check_checkpoint
 from anybit.kernels import reference
+from tests.fixtures.tiny_llama import save_llama, tiny_llama
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
+GATE, GATE_NORM = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.post_attention_layernorm.weight"
 CALIBRATED = [method for method in METHODS if method != "rtn"]
 
 
@@ -44,6 +46,14 @@ def read(directory: Path, name: str, width: int) -> torch.Tensor:
     return reference.dequantize(weight, width)
 
 
+def relative_errors(directory: Path, source: HuggingFaceSource, widths: tuple[int, ...]) -> list[float]:
+    """Of a linear together with the norm before it, between which a method may move scales."""
+    wanted = source.tensor(GATE) * source.tensor(GATE_NORM)
+    gains = CheckpointReader(directory).dense(GATE_NORM)
+    errors = [(read(directory, GATE, width) * gains - wanted).square().mean() for width in widths]
+    return [float(error / wanted.square().mean()) for error in errors]
+
+
 @pytest.fixture(scope="module")
 def source(tiny_source):
     return HuggingFaceSource(tiny_source)
@@ -54,11 +64,10 @@ def test_every_method_makes_a_checkpoint_that_comes_nearer_with_every_bit(method
     manifest = make(source, tmp_path / "out", options(text, method=method))
     assert manifest.method == method
     assert manifest.method_options["calibration_tokens"] >= 12 * 32
-    weight = source.tensor(WEIGHT)
-    errors = [(read(tmp_path / "out", WEIGHT, width) - weight).square().mean() for width in manifest.bit_widths]
+    errors = relative_errors(tmp_path / "out", source, manifest.bit_widths)
     assert errors == sorted(errors, reverse=True)
     # GPTQ's one 8-bit grid for all widths pays for it at 8 bits.
-    assert errors[-1] < weight.square().mean() * (3e-2 if method == "gptq" else 1e-3)
+    assert errors[-1] < (3e-2 if method == "gptq" else 1e-3)
     assert check_checkpoint(tmp_path / "out").bit_widths == manifest.bit_widths
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -69,9 +78,25 @@ def test_a_single_width(method, width, source, text, tmp_path):
     chosen = options(text, method=method, bit_widths=(width,), stages=1)
     manifest = make(source, tmp_path / "out", chosen)
     assert manifest.bit_widths == (width,)
-    weight = source.tensor(WEIGHT)
-    error = (read(tmp_path / "out", WEIGHT, width) - weight).square().mean() / weight.square().mean()
+    (error,) = relative_errors(tmp_path / "out", source, (width,))
     assert error < 2.0 ** (-2 * width + 3.5)
+
+
+@pytest.mark.parametrize(
+    ("linear", "norm"), [("self_attn.v_proj", "input_layernorm"), ("mlp.up_proj", "post_attention_layernorm")]
+)
+def test_scaled_rows_take_their_biases_with_them(linear, norm, text, tmp_path):
+    biased = HuggingFaceSource(save_llama(tiny_llama(attention_bias=True, mlp_bias=True), tmp_path / "source"))
+    make(biased, tmp_path / "out", options(text, method="best", stages=1))
+    prefix = "model.layers.1"
+    reader = CheckpointReader(tmp_path / "out")
+    column_scales = biased.tensor(f"{prefix}.{norm}.weight") / reader.dense(f"{prefix}.{norm}.weight")
+    weight = biased.tensor(f"{prefix}.{linear}.weight") * column_scales
+    row_scales = (weight / read(tmp_path / "out", f"{prefix}.{linear}.weight", 8)).median(1).values
+    assert (row_scales - 1).abs().max() > 0.05
+    assert torch.allclose(
+        reader.dense(f"{prefix}.{linear}.bias") * row_scales, biased.tensor(f"{prefix}.{linear}.bias"), rtol=0.03
+    )
 
 
 def test_one_scale_for_a_whole_row(source, text, tmp_path):
