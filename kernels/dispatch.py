@@ -1,6 +1,7 @@
 """Chooses the implementation of each operation. Callers name what they want, never how it is done.
 
-On a CPU linear layers run natively where the library was built; everything else is portable PyTorch.
+On a CPU linear layers run natively where the library was built, on an NVIDIA GPU through kernels that are compiled on
+first use; everything else is portable PyTorch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from anybit.kernels import fallbacks
 from anybit.kernels.cpu import choose_codes as cpu_codes
 from anybit.kernels.cpu import packed as cpu
 from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.packed import PackedWeight
+from anybit.kernels.cuda import fragments
+from anybit.kernels.cuda import linear as cuda
+from anybit.kernels.cuda.fragments import FragmentWeight
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.portable import attention as portable_attention
 from anybit.kernels.portable import choose_codes as portable_codes
@@ -27,22 +32,30 @@ WidthSegment = tuple[int, int, int]
 """Rows start .. stop−1 of a batch and the bit-width they are computed at: (bit_width, start, stop)."""
 
 
-ServedWeight = NestedWeight | PackedWeight
-"""A nested weight in the order that checkpoints have, or in the one that native kernels read."""
+ServedWeight = NestedWeight | PackedWeight | FragmentWeight
+"""A nested weight in the order that checkpoints have, or in the one that a CPU's or a GPU's kernels read."""
 
 
 def prepare(weight: NestedWeight) -> ServedWeight:
     """The form of a weight that the fastest kernels here read; the original may then be freed."""
-    return cpu.pack(weight) if cpu.can_pack(weight) else weight
+    if cpu.can_pack(weight):
+        return cpu.pack(weight)
+    if cuda.can_pack(weight):
+        return fragments.pack(weight)
+    if next(iter(weight.chunks.values())).is_cuda:
+        fallbacks.record("cuda_linear", "the GPU's kernels need NVRTC, CUDA's headers and compute capability 8.0")
+    return weight
 
 
 def linear(x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None) -> Tensor:
-    """x Ŵᵀ (+ bias), each segment of rows at exactly its own bit-width: float32 [tokens, in] -> float32 [tokens, out].
+    """x Ŵᵀ (+ bias), each segment of rows at exactly its own bit-width: [tokens, in] -> [tokens, out] in x's dtype.
 
     The segments cover the rows of x in order. A row's result depends on that row and its width alone.
     """
     if isinstance(weight, PackedWeight):
         return cpu.linear(x, weight, segments, bias)
+    if isinstance(weight, FragmentWeight):
+        return cuda.linear(x, weight, segments, bias)
     parts = [portable_linear.linear(x[start:stop], weight, width) for width, start, stop in segments]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y if bias is None else y + bias
@@ -50,13 +63,17 @@ def linear(x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bi
 
 def activation_error(weight: ServedWeight) -> float:
     """How far activations may be from what `linear` multiplies with this weight, as a share of their group's largest."""
-    return cpu.ACTIVATION_ERROR if isinstance(weight, PackedWeight) else PORTABLE_ACTIVATION_ERROR
+    if isinstance(weight, PackedWeight):
+        return cpu.ACTIVATION_ERROR
+    return cuda.ACTIVATION_ERROR if isinstance(weight, FragmentWeight) else PORTABLE_ACTIVATION_ERROR
 
 
 def embedding(token_ids: Tensor, weight: ServedWeight, bit_width: int) -> Tensor:
     """Rows of a nested embedding table: int64 [tokens] -> float32 [tokens, in]."""
     if isinstance(weight, PackedWeight):
         return cpu.embedding(token_ids, weight, bit_width)
+    if isinstance(weight, FragmentWeight):
+        return cuda.embedding(token_ids, weight, bit_width)
     return portable_linear.embedding(token_ids, weight, bit_width)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from anybit.kernels.cpu.bindings import FloatPart, Weight
 from anybit.kernels.cpu.packed import PackedWeight
+from anybit.kernels.cuda.fragments import FragmentWeight
 from anybit.kernels.dispatch import ServedWeight
 from anybit.kernels.nested import Affine, NestedWeight
 
@@ -16,6 +17,17 @@ def duplicates(weight: ServedWeight, count: int) -> list[ServedWeight]:
     if isinstance(weight, PackedWeight):
         streams = [_copies(tensor, count) for tensor in weight.tensors]
         return [_with_tensors(weight, tuple(stream[index] for stream in streams)) for index in range(count)]
+    if isinstance(weight, FragmentWeight):
+        stacks = {name: _copies(stream, count) for name, stream in weight.streams.items()}
+        parts = {width: _copies(part, count) for width, part in weight.parts.items()}
+        return [
+            replace(
+                weight,
+                streams={name: copies[index] for name, copies in stacks.items()},
+                parts={width: copies[index] for width, copies in parts.items()},
+            )
+            for index in range(count)
+        ]
     chunks = {name: _copies(chunk, count) for name, chunk in weight.chunks.items()}
     affine = {
         width: Affine(_copies(part.scale, count), _copies(part.zero, count)) for width, part in weight.affine.items()

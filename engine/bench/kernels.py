@@ -95,7 +95,7 @@ class Rotation:
 
     def __init__(self, shape: Shape, group_size: int, bit_widths: Sequence[int], rotation_bytes: int) -> None:
         """`rotation_bytes` are to be read per turn at the narrowest of `bit_widths`; memory may allow fewer."""
-        weight = _random_weight(shape, group_size, bit_widths)
+        weight = random_weight(shape, group_size, bit_widths)
         self.shape = shape
         self.group_size = group_size
         self.bytes_read = {width: weight.bytes_read(width) for width in bit_widths}
@@ -125,9 +125,11 @@ class Rotation:
         return seconds / calls
 
 
-def _random_weight(shape: Shape, group_size: int, bit_widths: Sequence[int]) -> NestedWeight:
+def random_weight(
+    shape: Shape, group_size: int, bit_widths: Sequence[int], device: torch.device | str = "cpu"
+) -> NestedWeight:
     """A weight with random codes (those of padding rows too) and small float16 float parts."""
-    weight = NestedWeight.allocate(shape.out_features, shape.in_features, group_size, bit_widths, torch.float16)
+    weight = NestedWeight.allocate(shape.out_features, shape.in_features, group_size, bit_widths, torch.float16, device)
     for chunk in weight.chunks.values():
         chunk.random_(256)
     for part in weight.affine.values():

@@ -1,0 +1,95 @@
+"""The little of CUDA's driver that launching compiled kernels needs; PyTorch makes the context and the streams."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anybit.kernels.cuda.compiler import Defines, cached_cubin
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_DEFAULT_SHARED_BYTES = 48 << 10
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_HOPPER = (9, 0)
+
+
+Argument = ctypes.c_int | ctypes.c_void_p | ctypes.Structure
+
+
+class LaunchError(RuntimeError):
+    """The driver refused a call."""
+
+
+class _AttributeValue(ctypes.Union):
+    _fields_ = [("size", ctypes.c_char * 64), ("flag", ctypes.c_int)]
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", _AttributeValue)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A function of a loaded module; modules stay loaded as long as the process."""
+
+    function: ctypes.c_void_p
+    overlaps: bool  # may begin before what precedes it in the stream has ended
+
+    def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared_bytes: int = 0) -> None:
+        """On PyTorch's current stream. Arguments are ctypes values in the order of the kernel's parameters."""
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION)
+        attribute.value.flag = 1
+        config = _LaunchConfig(
+            (*grid, 1),
+            (threads, 1, 1),
+            shared_bytes,
+            torch.cuda.current_stream().cuda_stream,
+            ctypes.pointer(attribute),
+            int(self.overlaps),
+        )
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+
+
+@functools.cache
+def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
+    """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
+    capability = torch.cuda.get_device_capability()
+    cubin = cached_cubin(source, f"sm_{capability[0]}{capability[1]}", dict(defines))
+    module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
+    _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, function.encode()))
+    if shared_bytes > _DEFAULT_SHARED_BYTES:
+        _check(_driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_bytes))
+    return Kernel(handle, capability >= _HOPPER)
+
+
+def defined(**constants: int) -> tuple[tuple[str, int], ...]:
+    """Constants as `load_kernel` takes them."""
+    ordered: Defines = dict(sorted(constants.items()))
+    return tuple(ordered.items())
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(name))
+        raise LaunchError(f"CUDA refused a kernel: {(name.value or b'unknown error').decode()}.")

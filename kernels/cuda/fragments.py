@@ -1,0 +1,100 @@
+"""A nested weight in the order in which tensor cores take it, so that one 16-byte load feeds a lane.
+
+Rows are cut into tiles of 16, columns into tiles of 128; both are padded with zero codes and zero parts. A tile is four
+A fragments of `mma.m16n8k32`: of step i, register j and byte b of lane 4·g + t, the code is that of
+
+    row 16·row_tile + g + 8·(j mod 2),   column 128·column_tile + 32·i + 16·(j div 2) + 4·t + b.
+
+A two-bit stream has one 32-bit word per step, with register j's code at bits 2j of each byte; a one-bit stream has one
+word for two steps, with bit 4·(i mod 2) + j. The words of a lane lie side by side. `source/nested.cuh` reads this.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anybit.kernels import layout
+from anybit.kernels.nested import NestedWeight
+
+TILE_ROWS = 16
+TILE_COLUMNS = 128
+_STEPS, _LANES, _REGISTERS, _BYTES = 4, 32, 4, 4
+
+
+@dataclass(frozen=True, slots=True)
+class FragmentWeight:
+    """What a NestedWeight holds, in fragment order, on a GPU.
+
+    `streams` by chunk name: uint8 [row tiles, column tiles, 32 lanes, bytes]. `parts` by width: [row tiles, groups, 16, 2],
+    scale and zero side by side.
+    """
+
+    out_features: int
+    in_features: int
+    group_size: int
+    bit_widths: tuple[int, ...]
+    streams: dict[str, Tensor]
+    parts: dict[int, Tensor]
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.out_features // TILE_ROWS)
+
+    @property
+    def column_tiles(self) -> int:
+        return -(-self.in_features // TILE_COLUMNS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident in memory."""
+        return sum(tensor.nbytes for tensor in (*self.streams.values(), *self.parts.values()))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.streams.values())).device
+
+
+def pack(weight: NestedWeight) -> FragmentWeight:
+    """Copy a weight into fragment order, on its device. The canonical copy is of no further use and may be freed."""
+    return FragmentWeight(
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
+        weight.bit_widths,
+        {
+            chunk.name: _pack_stream(weight.chunks[chunk.name], chunk)
+            for chunk in layout.CHUNKS
+            if chunk.name in weight.chunks
+        },
+        {width: _pack_part(part.scale, part.zero, weight.group_size) for width, part in weight.affine.items()},
+    )
+
+
+def _pack_stream(packed: Tensor, chunk: layout.Chunk) -> Tensor:
+    fields = _fragments(layout.unpack_chunk(packed, chunk))  # [row tiles, column tiles, steps, lanes, registers, bytes]
+    if chunk.bits == 1:
+        fields = fields.unflatten(2, (_STEPS // 2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)
+    words = torch.zeros_like(fields[..., 0, :])
+    for position in range(fields.shape[4]):
+        words |= fields[..., position, :] << (chunk.bits * position)
+    return words.transpose(2, 3).contiguous().flatten(3)
+
+
+def _fragments(codes: Tensor) -> Tensor:
+    """uint8 [rows, in] -> [row tiles, column tiles, steps, lanes, registers, bytes], zero-padded."""
+    rows, columns = codes.shape
+    padded = F.pad(codes, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
+    tiles = padded.view(
+        padded.shape[0] // TILE_ROWS, 2, TILE_ROWS // 2, padded.shape[1] // TILE_COLUMNS, _STEPS, 2, _LANES // 8, _BYTES
+    )  # [row tile, j mod 2, g, column tile, step, j div 2, t, byte]
+    return tiles.permute(0, 3, 4, 2, 6, 5, 1, 7).reshape(*tiles.shape[::3][:2], _STEPS, _LANES, _REGISTERS, _BYTES)
+
+
+def _pack_part(scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    groups, rows = scale.shape
+    pairs = torch.stack((scale, zero), -1)  # [groups, rows, 2]
+    groups_of_tile = TILE_COLUMNS // group_size
+    padded = F.pad(pairs, (0, 0, 0, -rows % TILE_ROWS, 0, -groups % groups_of_tile))
+    return padded.unflatten(1, (-1, TILE_ROWS)).transpose(0, 1).contiguous()

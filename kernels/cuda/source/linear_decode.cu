@@ -1,0 +1,263 @@
+// y = x W^T (+ bias) for few tokens: nested codes at one width times fixed point activations.
+//
+// A warp owns ROW_TILES tiles of 16 rows and walks over columns. Codes are the unsigned bytes of the A operand of
+// mma.m16n8k32; the B operand holds the two signed digits of a token in neighbouring columns, so that a lane's
+// accumulators are (digit 1, digit 0) of one token: their sum is exact, whatever the order. Floats enter once per (row, group), in
+// an order that only SEGMENTS and the number of columns decide: within a segment group after group, then segment after segment.
+#include "nested.cuh"
+
+#ifndef TOKEN_TILES  // n-tiles of a pass
+#define TOKEN_TILES 1
+#endif
+#ifndef ROW_TILES  // of a warp
+#define ROW_TILES 1
+#endif
+#ifndef ROW_WARPS  // side by side
+#define ROW_WARPS 4
+#endif
+#ifndef COLUMN_WARPS  // that share row tiles
+#define COLUMN_WARPS 2
+#endif
+#ifndef SEGMENTS  // of the columns, summed one by one
+#define SEGMENTS 2
+#endif
+#ifndef DEPTH  // tiles of weights that are requested ahead
+#define DEPTH 2
+#endif
+
+using namespace nested;
+
+constexpr int kThreads = ROW_WARPS * COLUMN_WARPS * 32;
+constexpr int kSegmentsOfWarp = SEGMENTS / COLUMN_WARPS;
+static_assert(SEGMENTS % COLUMN_WARPS == 0, "a warp takes whole segments");
+
+// A sum below 2^22 added to this integer is the mantissa of a float that is that much above 12582912.
+constexpr int kMagic = 0x4B400000;
+constexpr float kMagicFloat = 12582912.f;
+
+__device__ inline u32 load(const u32* from) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+__device__ inline uint2 load(const uint2* from) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+__device__ inline uint4 load(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+template <bool kFirst>
+__device__ inline void multiply(int* sum, const u32* codes, uint2 x) {
+    if (kFirst) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+            : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y), "r"(kMagic));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+            : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y));
+    }
+}
+
+// 128 * d1 + d0 as a float, rounded once.
+__device__ inline float joined(int d1, int d0) {
+    return __fmaf_rn(128.f, __int_as_float(d1) - kMagicFloat, __int_as_float(d0) - kMagicFloat);
+}
+
+struct Tile {
+    uint4 c2, c6, c8;
+    uint2 c3, c4;
+    Part high[kGroups][2], low[kGroups][2];
+
+    __device__ void request(const Weight& weight, size_t index, int lane) {
+        const size_t place = index * 32 + lane;
+        c2 = load(weight.c2 + place);
+        if (kHasC3) c3 = load(weight.c3 + place);
+        if (kHasC4) c4 = load(weight.c4 + place);
+        if (kHasC6) c6 = load(weight.c6 + place);
+        if (kHasC8) c8 = load(weight.c8 + place);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const size_t part = (index * kGroups + group) * kRows + half * 8 + lane / 4;
+                high[group][half] = load(weight.high + part);
+                if (kHasLow) low[group][half] = load(weight.low + part);
+            }
+    }
+};
+
+__device__ inline u32 moved(u32 v, int right) { return right >= 0 ? v >> right : v << -right; }
+__device__ inline u32 with_bits(u32 v, u32 mask, u32 others) {  // (v & mask) | others
+    u32 result;
+    asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(result) : "r"(v), "r"(mask), "r"(others));
+    return result;
+}
+
+// The width's bits of the high nibble, as integers.
+__device__ inline void high_codes(const Tile& tile, int step, u32* codes) {
+    constexpr int kBelow = BITS >= 4 ? 2 : BITS - 2;  // bits that follow those of c2
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int bit = 4 * (step % 2) + j;
+        codes[j] = moved(word(tile.c2, step), 2 * j - kBelow) & (0x03030303u << kBelow);
+        if (kHasC3) codes[j] = with_bits(moved(word(tile.c3, step / 2), bit - (kBelow - 1)), 0x01010101u << (kBelow - 1), codes[j]);
+        if (kHasC4) codes[j] = with_bits(moved(word(tile.c4, step / 2), bit), 0x01010101u, codes[j]);
+    }
+}
+__device__ inline void low_codes(const Tile& tile, int step, u32* codes) {
+    constexpr int kBelow = kHasC8 ? 2 : 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        codes[j] = moved(word(tile.c6, step), 2 * j - kBelow) & (0x03030303u << kBelow);
+        if (kHasC8) codes[j] = with_bits(moved(word(tile.c8, step), 2 * j), 0x03030303u, codes[j]);
+    }
+}
+
+// All groups of one tile of columns, added to out.
+__device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint2* digits, const float2* scales,
+                                int slots, bool has_token, float (&out)[ROW_TILES][TOKEN_TILES][2]) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+        int high[ROW_TILES][TOKEN_TILES][4], low[kHasLow ? ROW_TILES : 1][TOKEN_TILES][4];
+#pragma unroll
+        for (int s = 0; s < kStepsOfGroup; ++s) {
+            const int step = group * kStepsOfGroup + s;
+            uint2 x[TOKEN_TILES];
+#pragma unroll
+            for (int q = 0; q < TOKEN_TILES; ++q)
+                x[q] = has_token ? digits[((((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane) * 2 + step % 2]
+                                 : make_uint2(0, 0);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) {
+                u32 codes[4], residual[4];
+                high_codes(tiles[r], step, codes);
+                if (kHasLow) low_codes(tiles[r], step, residual);
+#pragma unroll
+                for (int q = 0; q < TOKEN_TILES; ++q) {
+                    if (s == 0) {
+                        multiply<true>(high[r][q], codes, x[q]);
+                        if (kHasLow) multiply<true>(low[r][q], residual, x[q]);
+                    } else {
+                        multiply<false>(high[r][q], codes, x[q]);
+                        if (kHasLow) multiply<false>(low[r][q], residual, x[q]);
+                    }
+                }
+            }
+        }
+        float2 x_scale[TOKEN_TILES];
+#pragma unroll
+        for (int q = 0; q < TOKEN_TILES; ++q)
+            x_scale[q] = scales[(size_t)(k * kGroups + group) * slots + q * kTokens + lane % 4];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 part = part_floats(tiles[r].high[group][half]);
+                const float2 own = kHasLow ? part_floats(tiles[r].low[group][half]) : part;
+#pragma unroll
+                for (int q = 0; q < TOKEN_TILES; ++q) {
+                    const float step = x_scale[q].x, total = x_scale[q].y;
+                    float& sum = out[r][q][half];
+                    sum = __fmaf_rn(part.x, joined(high[r][q][2 * half], high[r][q][2 * half + 1]) * step, sum);
+                    if (kHasLow) sum = __fmaf_rn(own.x, joined(low[r][q][2 * half], low[r][q][2 * half + 1]) * step, sum);
+                    sum = __fmaf_rn(own.y, total, sum);
+                }
+            }
+    }
+}
+
+__device__ inline void store(Value* y, const float* bias, int token, int row, int tokens, int rows, float value) {
+    if (token < tokens && row < rows)
+        y[(size_t)token * rows + row] = to_value(bias == nullptr ? value : value + bias[row]);
+}
+
+// A grid of (blocks of rows, passes of TOKEN_TILES n-tiles); digits and scales as activations.cu leaves them.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, const float* bias, Value* y, int tokens,
+                     int slots, int rows, int row_tiles, int tiles_k) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % COLUMN_WARPS;
+    const int row_tile = (blockIdx.x * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
+    const int first_token = blockIdx.y * TOKEN_TILES * kTokens;
+    const auto border = [&](int segment) { return tiles_k * segment / SEGMENTS; };
+    const int first = border(part * kSegmentsOfWarp), last = border((part + 1) * kSegmentsOfWarp);
+    // Lanes that hold the digits of tokens that are not there load nothing.
+    const bool has_token = TOKEN_TILES > 1 || lane < 8 * (tokens - first_token);
+    extern __shared__ float segment_sums[];  // [row warps][segments][row tiles][n-tiles][2][32]
+    constexpr int kOfSegment = ROW_TILES * TOKEN_TILES * 64;
+    float* own_sums = segment_sums + (warp / COLUMN_WARPS * SEGMENTS + part * kSegmentsOfWarp) * kOfSegment;
+
+    launch_dependents();
+    float out[ROW_TILES][TOKEN_TILES][2] = {};
+    if (row_tile < row_tiles) {
+        size_t base[ROW_TILES];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) base[r] = (size_t)min(row_tile + r, row_tiles - 1) * tiles_k;
+        Tile ring[DEPTH][ROW_TILES];
+        // Weights do not depend on what came before in the stream.
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d)
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r)
+                if (first + d < last) ring[d][r].request(weight, base[r] + first + d, lane);
+        wait_for_inputs();
+        digits += (size_t)blockIdx.y * TOKEN_TILES * tiles_k * 128;
+        scales += first_token;
+        int segment = 0, segment_end = border(part * kSegmentsOfWarp + 1);
+        for (int k0 = first; k0 < last; k0 += DEPTH) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; ++d) {
+                const int k = k0 + d;
+                if (k >= last) break;
+                add_tile(ring[d], k, tiles_k, digits, scales, slots, has_token, out);
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r)
+                    if (k + DEPTH < last) ring[d][r].request(weight, base[r] + k + DEPTH, lane);
+                if (SEGMENTS > 1 && k + 1 == segment_end) {
+#pragma unroll
+                    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                        for (int q = 0; q < TOKEN_TILES; ++q)
+#pragma unroll
+                            for (int half = 0; half < 2; ++half) {
+                                own_sums[segment * kOfSegment + ((r * TOKEN_TILES + q) * 2 + half) * 32 + lane] = out[r][q][half];
+                                out[r][q][half] = 0.f;
+                            }
+                    ++segment;
+                    segment_end = border(part * kSegmentsOfWarp + segment + 1);
+                }
+            }
+        }
+    }
+    if (SEGMENTS > 1) {
+        __syncthreads();
+        // All warps of these rows add, each some of the values.
+        const float* sums = segment_sums + warp / COLUMN_WARPS * SEGMENTS * kOfSegment;
+        for (int index = part * 32 + lane; index < kOfSegment; index += COLUMN_WARPS * 32) {
+            float sum = 0.f;
+#pragma unroll
+            for (int segment = 0; segment < SEGMENTS; ++segment) sum += sums[segment * kOfSegment + index];
+            const int half = index / 32 % 2, q = index / 64 % TOKEN_TILES, r = index / (64 * TOKEN_TILES);
+            if (row_tile + r < row_tiles)
+                store(y, bias, first_token + q * kTokens + index % 4, (row_tile + r) * kRows + half * 8 + index % 32 / 4, tokens, rows, sum);
+        }
+    } else {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int q = 0; q < TOKEN_TILES; ++q)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (row_tile + r < row_tiles)
+                        store(y, bias, first_token + q * kTokens + lane % 4, (row_tile + r) * kRows + half * 8 + lane / 4, tokens, rows, out[r][q][half]);
+    }
+}

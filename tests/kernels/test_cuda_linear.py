@@ -1,0 +1,155 @@
+"""The GPU's linear layers against the oracle, and the promise that a row does not depend on its neighbours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from anybit.kernels import dispatch, layout, reference
+from anybit.kernels.cuda import fragments, tuning
+from anybit.kernels.cuda import linear as cuda
+from anybit.kernels.cuda.tuning import Tiling, default_tiling
+from anybit.kernels.nested import Affine, NestedWeight
+from tests.fixtures.nested import normal, random_nested, with_noise_below, without_below
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    (13, 96, 32),
+    (40, 320, 64),
+    (70, 576, 64),
+    (24, 640, 128),
+    (1, 128, 128),
+    (3000, 1536, 128),
+    (200, 4096, 128),
+]
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+LARGEST_ERROR = 2e-4  # of a row's norm: fixed point activations, and float32 sums
+
+
+def on_gpu(weight: NestedWeight) -> NestedWeight:
+    return replace(
+        weight,
+        chunks={name: chunk.cuda() for name, chunk in weight.chunks.items()},
+        affine={width: Affine(part.scale.cuda(), part.zero.cuda()) for width, part in weight.affine.items()},
+    )
+
+
+def assert_near_oracle(y, x, weight, width, bias=None):
+    expected = reference.linear(x.float().cpu(), weight, width)
+    if bias is not None:
+        expected += bias
+    error = (y.float().cpu() - expected).norm(dim=1)
+    if weight.out_features > 1:
+        size = expected.norm(dim=1)
+    else:  # a single output may cancel to nothing
+        size = x.float().cpu().norm(dim=1) * reference.dequantize(weight, width).norm()
+    assert (error <= (LARGEST_ERROR + ROUNDING[y.dtype]) * size).all()
+
+
+@pytest.mark.parametrize("width", layout.BIT_WIDTHS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 13, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_linear_is_near_the_oracle(shape, width, tokens, dtype):
+    weight, x, bias = random_nested(*shape), normal(tokens, shape[1]).to(dtype), normal(shape[0])
+    served = dispatch.prepare(on_gpu(weight))
+    assert isinstance(served, fragments.FragmentWeight)
+    y = dispatch.linear(x.cuda(), served, [(width, 0, tokens)], bias.cuda())
+    assert y.dtype == dtype
+    assert_near_oracle(y, x, weight, width, bias)
+
+
+@pytest.mark.parametrize("float_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("magnitude", [1e-12, 1e6])
+def test_the_error_is_relative_to_the_input(float_dtype, magnitude):
+    weight, x = random_nested(40, 128, 64, float_dtype=float_dtype), normal(6, 128) * magnitude
+    assert_near_oracle(dispatch.linear(x.cuda(), fragments.pack(on_gpu(weight)), [(8, 0, 6)]), x, weight, 8)
+
+
+@pytest.mark.parametrize("width", layout.BIT_WIDTHS)
+def test_no_stream_below_the_width_is_read(width):
+    weight, x = random_nested(24, 128, 64), normal(3, 128).cuda()
+    expected = dispatch.linear(x, fragments.pack(on_gpu(weight)), [(width, 0, 3)])
+    for other in (with_noise_below(weight, width), without_below(weight, width)):
+        assert torch.equal(dispatch.linear(x, fragments.pack(on_gpu(other)), [(width, 0, 3)]), expected)
+
+
+@pytest.mark.parametrize("shape", [(70, 576, 64), (3000, 1536, 128), (200, 4096, 128), (9000, 512, 32)], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch_at_any_place_and_width_beside_it(shape):
+    served = fragments.pack(on_gpu(random_nested(*shape)))
+    x = normal(150, shape[1]).cuda().to(torch.bfloat16)
+    alone = {
+        width: torch.cat([dispatch.linear(x[row : row + 1], served, [(width, 0, 1)]) for row in range(24)])
+        for width in layout.BIT_WIDTHS
+    }
+    for width, expected in alone.items():
+        for tokens in (2, 5, 8, 9, 16, 24, 150):
+            y = dispatch.linear(x[:tokens], served, [(width, 0, tokens)])
+            assert torch.equal(y[:24], expected[:tokens])
+    mixed = dispatch.linear(x[:24], served, [(2, 0, 7), (4, 7, 12), (8, 12, 24)])
+    assert torch.equal(mixed, torch.cat((alone[2][:7], alone[4][7:12], alone[8][12:])))
+
+
+@pytest.mark.parametrize("width", [2, 8])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_every_tiling_gives_the_same_bits(width, tokens):
+    weight = random_nested(500, 2048, 128)
+    served, x = fragments.pack(on_gpu(weight)), normal(tokens, 2048).cuda()
+    activations = cuda.quantize_activations(x, 128)
+    base = default_tiling(500, 2048, width, activations.digits.shape[0])
+    results = []
+    for tiling in [
+        base,
+        Tiling(2, 1, 16, 1, base.segments),
+        Tiling(1, 2, 4, 2, base.segments),
+        Tiling(1, 3, 1, 1, base.segments),
+    ]:
+        y = torch.full((tokens, 500), torch.nan, device="cuda")
+        cuda.multiply(activations, served, width, None, y, tiling)
+        results.append(y)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_near_oracle(results[0], x, weight, width)
+
+
+def test_tuned_tilings_are_valid():
+    for device, entries in tuning.all_tuned().items():
+        for key, entry in entries.items():
+            shape, width, token_tiles = key.split("/")
+            out_features, in_features = map(int, shape.split("x"))
+            tiling = Tiling(**entry, segments=tuning.num_segments(out_features, in_features))
+            assert tiling.segments % tiling.column_warps == 0, (device, key)
+            assert tiling.threads <= 1024
+            assert int(width) in layout.BIT_WIDTHS
+            assert int(token_tiles) in (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_say_so_and_harm_no_other(bad):
+    served, x = fragments.pack(on_gpu(random_nested(40, 320, 64))), normal(6, 320).cuda()
+    expected = dispatch.linear(x, served, [(4, 0, 6)])
+    x[2, 100] = bad
+    y = dispatch.linear(x, served, [(4, 0, 6)])
+    assert not torch.isfinite(y[2]).any()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize("width", layout.BIT_WIDTHS)
+@pytest.mark.parametrize("shape", [(70, 576, 64), (24, 640, 128)], ids=str)
+def test_embedding_rows_are_the_tables(shape, width):
+    weight, ids = random_nested(*shape), torch.tensor([0, 3, 23, 3, 17, 9])
+    rows = dispatch.embedding(ids.cuda(), fragments.pack(on_gpu(weight)), width)
+    assert torch.allclose(rows.cpu(), reference.dequantize(weight, width)[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_can_be_captured_and_replayed():
+    weight = random_nested(300, 1024, 128)
+    served, x = fragments.pack(on_gpu(weight)), normal(5, 1024).cuda()
+    dispatch.linear(x, served, [(3, 0, 5)])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = dispatch.linear(x, served, [(3, 0, 5)])
+    x.copy_(normal(5, 1024, seed=1))
+    graph.replay()
+    assert_near_oracle(y, x, weight, 3)

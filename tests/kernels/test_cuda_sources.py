@@ -1,0 +1,62 @@
+"""CUDA C++ compiles to machine code for Ampere and Hopper; no GPU is needed."""
+
+import pytest
+
+from anybit.kernels.cuda import compiler
+from anybit.kernels.cuda.compiler import CompileError, cached_cubin, can_compile, compile_source
+from anybit.kernels.cuda.tuning import default_tiling
+from anybit.kernels.layout import BIT_WIDTHS
+
+pytestmark = pytest.mark.skipif(not can_compile(), reason="NVRTC is packaged for Linux on x86-64 only")
+ARCHITECTURES = ["sm_80", "sm_90"]
+ELF = b"\x7fELF"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bit_width", BIT_WIDTHS)
+@pytest.mark.parametrize(("group_size", "token_tiles", "value"), [(128, 1, 2), (64, 2, 1), (32, 4, 0)])
+def test_products_compile(architecture, bit_width, group_size, token_tiles, value):
+    tiling = default_tiling(4096, 4096, bit_width, token_tiles)
+    constants = {
+        "BITS": bit_width,
+        "GROUP": group_size,
+        "VALUE": value,
+        "PART": value % 2,
+        "TOKEN_TILES": token_tiles,
+        "ROW_TILES": tiling.row_tiles,
+        "ROW_WARPS": tiling.row_warps,
+        "COLUMN_WARPS": tiling.column_warps,
+        "SEGMENTS": tiling.segments,
+        "DEPTH": tiling.depth,
+    }
+    assert compile_source("linear_decode", architecture, constants).startswith(ELF)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_rest_compiles(architecture):
+    for group_size, value in [(128, 2), (64, 1), (32, 0)]:
+        assert compile_source("activations", architecture, {"GROUP": group_size, "VALUE": value}).startswith(ELF)
+        for bit_width in BIT_WIDTHS:
+            assert compile_source("embedding", architecture, {"GROUP": group_size, "BITS": bit_width}).startswith(ELF)
+
+
+def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):
+    (tmp_path / "broken.cu").write_text("int f() { return nothing; }")
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    with pytest.raises(CompileError, match=r"broken\.cu.*nothing"):
+        compile_source("broken", "sm_90", {})
+
+
+def test_what_is_compiled_is_kept_until_a_source_changes(monkeypatch, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "small.cu").write_text('extern "C" __global__ void f(int* x) { *x = VALUE; }')
+    monkeypatch.setattr(compiler, "SOURCES", source)
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
+    first = cached_cubin("small", "sm_90", {"VALUE": 1})
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(b"kept")
+    assert cached_cubin("small", "sm_90", {"VALUE": 1}) == b"kept"
+    assert cached_cubin("small", "sm_90", {"VALUE": 2}) not in (b"kept", first)
+    (source / "small.cu").write_text('extern "C" __global__ void f(int* x) { *x = 2 * VALUE; }')
+    assert cached_cubin("small", "sm_90", {"VALUE": 1}) not in (b"kept", first)
