@@ -48,13 +48,15 @@ class Kernel:
     function: ctypes.c_void_p
     overlaps: bool  # may begin before what precedes it in the stream has ended
 
-    def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], shared_bytes: int = 0) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument], shared_bytes: int = 0
+    ) -> None:
         """On PyTorch's current stream. Arguments are ctypes values in the order of the kernel's parameters."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION)
         attribute.value.flag = 1
         config = _LaunchConfig(
-            (*grid, 1),
+            grid,
             (threads, 1, 1),
             shared_bytes,
             torch.cuda.current_stream().cuda_stream,

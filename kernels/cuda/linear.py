@@ -18,7 +18,7 @@ from anybit.kernels.nested import NestedWeight
 ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
 _TOKENS = 4  # of an n-tile
-_MAX_TOKEN_TILES = 4  # of a pass
+_MAX_TOKEN_TILES = 8  # of a pass
 _VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PARTS = {torch.float32: 0, torch.float16: 1}
 _AMPERE = (8, 0)
@@ -55,18 +55,26 @@ class Activations:
         return self.scales.shape[1]
 
 
+def num_token_tiles(tokens: int) -> int:
+    """N-tiles that `tokens` tokens are padded to: 1, 2, 4 or whole passes."""
+    needed = -(-tokens // _TOKENS)
+    for count in (1, 2, 4):
+        if needed <= count:
+            return count
+    return needed + -needed % _MAX_TOKEN_TILES
+
+
 def quantize_activations(x: Tensor, group_size: int) -> Activations:
     """x [tokens, in], contiguous, as fixed point numbers; not-a-number for a group that is not finite."""
     tokens, columns = x.shape
-    token_tiles, column_tiles = -(-tokens // _TOKENS), -(-columns // TILE_COLUMNS)
-    if token_tiles > _MAX_TOKEN_TILES:
-        token_tiles += -token_tiles % _MAX_TOKEN_TILES
+    column_tiles = -(-columns // TILE_COLUMNS)
+    token_tiles = num_token_tiles(tokens)
     digits = torch.empty(token_tiles, column_tiles, 8 * TILE_COLUMNS, dtype=torch.uint8, device=x.device)
     scales = torch.empty(column_tiles * (TILE_COLUMNS // group_size), token_tiles * _TOKENS, 2, device=x.device)
     activations = Activations(tokens, digits, scales)
     kernel = load_kernel("activations", "quantize_activations", defined(GROUP=group_size, VALUE=_VALUES[x.dtype]))
     arguments = [*_pointers(x, digits, scales), *_integers(tokens, columns, activations.slots)]
-    kernel.launch((column_tiles, token_tiles), 128, arguments)
+    kernel.launch((column_tiles, token_tiles, 1), 128, arguments)
     return activations
 
 
@@ -110,7 +118,7 @@ def multiply(
     ]
     passes = activations.digits.shape[0] // token_tiles
     blocks = -(-weight.row_tiles // (tiling.row_warps * tiling.row_tiles))
-    kernel.launch((blocks, passes), tiling.threads, arguments, shared_bytes)
+    kernel.launch((tiling.cluster, passes, blocks), tiling.threads, arguments, shared_bytes)
 
 
 def product_constants(
@@ -124,6 +132,7 @@ def product_constants(
         "ROW_TILES": tiling.row_tiles,
         "ROW_WARPS": tiling.row_warps,
         "COLUMN_WARPS": tiling.column_warps,
+        "CLUSTER": tiling.cluster,
         "SEGMENTS": tiling.segments,
         "DEPTH": tiling.depth,
     }
@@ -141,7 +150,7 @@ def embedding(token_ids: Tensor, weight: FragmentWeight, bit_width: int) -> Tens
             *_pointers(ids, out),
             *_integers(weight.in_features, weight.column_tiles),
         ]
-        kernel.launch((ids.numel(), 1), _EMBEDDING_THREADS, arguments)
+        kernel.launch((ids.numel(), 1, 1), _EMBEDDING_THREADS, arguments)
     return out
 
 

@@ -23,6 +23,7 @@ class Tiling:
     row_tiles: int
     row_warps: int
     column_warps: int
+    cluster: int
     depth: int
     segments: int
 
@@ -33,7 +34,7 @@ class Tiling:
     def shared_bytes(self, token_tiles: int) -> int:
         if self.segments == 1:
             return 0
-        return self.row_warps * self.segments * self.row_tiles * token_tiles * _SUMS_BYTES
+        return self.row_warps * self.segments // self.cluster * self.row_tiles * token_tiles * _SUMS_BYTES
 
 
 def choose_tiling(out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling:
@@ -50,7 +51,7 @@ def default_tiling(out_features: int, in_features: int, bit_width: int, token_ti
     segments = num_segments(out_features, in_features)
     column_warps = min(segments, 8)
     row_warps = max(1, min(16 // column_warps, -(-out_features // TILE_ROWS) // 128))
-    return Tiling(1, row_warps, column_warps, 1 if bit_width > 4 or token_tiles > 2 else 2, segments)
+    return Tiling(1, row_warps, column_warps, 1, 1 if bit_width > 4 or token_tiles > 2 else 2, segments)
 
 
 def num_segments(out_features: int, in_features: int) -> int:

@@ -27,21 +27,31 @@ from anybit.kernels.duplicates import duplicates
 
 TUNED = Path(__file__).parents[2] / "kernels" / "cuda" / "tuned.json"
 GROUP_SIZE = 128
-TOKENS = {1: 1, 2: 8, 4: 16}  # n-tiles -> tokens that fill them
+TOKENS = {1: 1, 2: 8, 4: 16, 8: 64}  # n-tiles of a pass -> tokens; the last makes two passes
 ROTATION_BYTES = 150_000_000
-MAX_WARPS, MAX_SHARED = 32, 200 << 10
+MAX_WARPS, MAX_SHARED, REGISTERS = 32, 200 << 10, 1 << 16
+MIN_BLOCKS, MAX_BLOCKS, MIN_WARPS = 100, 300, 132 * 6
 
 
 def candidates(shape: Shape, bit_width: int, token_tiles: int) -> Iterator[Tiling]:
     row_tiles = -(-shape.out_features // fragments.TILE_ROWS)
     segments = num_segments(shape.out_features, shape.in_features)
-    for tiles, warps, columns, depth in itertools.product((1, 2), (1, 2, 4, 7, 14), (1, 2, 4, 8, 16), (1, 2, 3)):
-        tiling = Tiling(tiles, warps, columns, depth, segments)
-        blocks = -(-row_tiles // (tiles * warps))
-        registers = tiles * token_tiles * (12 if bit_width > 4 else 6) + depth * tiles * 4 * (bit_width / 2 + 1)
-        if segments % columns or not 4 <= warps * columns <= MAX_WARPS or tiling.shared_bytes(token_tiles) > MAX_SHARED:
+    options = itertools.product((1, 2), (1, 2, 4, 7, 14), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3))
+    for tiles, warps, columns, cluster, depth in options:
+        tiling = Tiling(tiles, warps, columns, cluster, depth, segments)
+        if segments % (columns * cluster) or not 4 <= warps * columns <= MAX_WARPS:
             continue
-        if blocks < 100 or registers * tiling.threads > 45_000 or blocks * warps * columns < 132 * 6:
+        blocks = -(-row_tiles // (tiles * warps)) * cluster
+        if (
+            not blocks >= MIN_BLOCKS
+            or blocks * warps * columns < MIN_WARPS
+            or tiling.shared_bytes(token_tiles) > MAX_SHARED
+        ):
+            continue
+        if blocks > MAX_BLOCKS and cluster > 1:  # smaller clusters would do
+            continue
+        registers = tiles * token_tiles * (10 if bit_width > 4 else 6) + depth * tiles * (bit_width + 4) + 30
+        if registers > 255 or registers * tiling.threads > REGISTERS:
             continue
         yield tiling
 

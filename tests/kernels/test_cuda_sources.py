@@ -14,7 +14,7 @@ ELF = b"\x7fELF"
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("bit_width", BIT_WIDTHS)
-@pytest.mark.parametrize(("group_size", "token_tiles", "value"), [(128, 1, 2), (64, 2, 1), (32, 4, 0)])
+@pytest.mark.parametrize(("group_size", "token_tiles", "value"), [(128, 1, 2), (64, 2, 1), (32, 8, 0)])
 def test_products_compile(architecture, bit_width, group_size, token_tiles, value):
     tiling = default_tiling(4096, 4096, bit_width, token_tiles)
     constants = {
@@ -26,6 +26,7 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, valu
         "ROW_TILES": tiling.row_tiles,
         "ROW_WARPS": tiling.row_warps,
         "COLUMN_WARPS": tiling.column_warps,
+        "CLUSTER": tiling.cluster,
         "SEGMENTS": tiling.segments,
         "DEPTH": tiling.depth,
     }

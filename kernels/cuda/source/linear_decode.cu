@@ -18,6 +18,9 @@
 #ifndef COLUMN_WARPS  // that share row tiles
 #define COLUMN_WARPS 2
 #endif
+#ifndef CLUSTER  // blocks that share row tiles, and read each other's sums
+#define CLUSTER 1
+#endif
 #ifndef SEGMENTS  // of the columns, summed one by one
 #define SEGMENTS 2
 #endif
@@ -28,8 +31,8 @@
 using namespace nested;
 
 constexpr int kThreads = ROW_WARPS * COLUMN_WARPS * 32;
-constexpr int kSegmentsOfWarp = SEGMENTS / COLUMN_WARPS;
-static_assert(SEGMENTS % COLUMN_WARPS == 0, "a warp takes whole segments");
+constexpr int kSegmentsOfBlock = SEGMENTS / CLUSTER, kSegmentsOfWarp = kSegmentsOfBlock / COLUMN_WARPS;
+static_assert(SEGMENTS % (COLUMN_WARPS * CLUSTER) == 0, "a warp takes whole segments");
 
 // A sum below 2^22 added to this integer is the mantissa of a float that is that much above 12582912.
 constexpr int kMagic = 0x4B400000;
@@ -181,20 +184,51 @@ __device__ inline void store(Value* y, const float* bias, int token, int row, in
         y[(size_t)token * rows + row] = to_value(bias == nullptr ? value : value + bias[row]);
 }
 
-// A grid of (blocks of rows, passes of TOKEN_TILES n-tiles); digits and scales as activations.cu leaves them.
+// Shared memory of a block of the cluster, by its rank.
+__device__ inline u32 shared_of(const float* own, int rank) {
+    u32 address = (u32)__cvta_generic_to_shared(own);
+#if CLUSTER > 1
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+#endif
+    return address;
+}
+__device__ inline float load_shared(u32 address) {
+    float value;
+#if CLUSTER > 1
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#else
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+    return value;
+}
+__device__ inline void wait_for_all() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// A grid of (blocks of a cluster, passes of TOKEN_TILES n-tiles, groups of rows); the passes over the same rows run side by side
+// and find the weights in the cache. Digits and scales are as activations.cu leaves them.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
 nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, const float* bias, Value* y, int tokens,
                      int slots, int rows, int row_tiles, int tiles_k) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % COLUMN_WARPS;
-    const int row_tile = (blockIdx.x * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
+    const int row_tile = (blockIdx.z * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
     const int first_token = blockIdx.y * TOKEN_TILES * kTokens;
     const auto border = [&](int segment) { return tiles_k * segment / SEGMENTS; };
-    const int first = border(part * kSegmentsOfWarp), last = border((part + 1) * kSegmentsOfWarp);
+    const int first_segment = blockIdx.x * kSegmentsOfBlock + part * kSegmentsOfWarp;
+    const int first = border(first_segment), last = border(first_segment + kSegmentsOfWarp);
     // Lanes that hold the digits of tokens that are not there load nothing.
     const bool has_token = TOKEN_TILES > 1 || lane < 8 * (tokens - first_token);
-    extern __shared__ float segment_sums[];  // [row warps][segments][row tiles][n-tiles][2][32]
+    extern __shared__ float segment_sums[];  // [row warps][segments of the block][row tiles][n-tiles][2][32]
     constexpr int kOfSegment = ROW_TILES * TOKEN_TILES * 64;
-    float* own_sums = segment_sums + (warp / COLUMN_WARPS * SEGMENTS + part * kSegmentsOfWarp) * kOfSegment;
+    float* row_sums = segment_sums + warp / COLUMN_WARPS * kSegmentsOfBlock * kOfSegment;
+    float* own_sums = row_sums + part * kSegmentsOfWarp * kOfSegment;
 
     launch_dependents();
     float out[ROW_TILES][TOKEN_TILES][2] = {};
@@ -212,7 +246,7 @@ nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, c
         wait_for_inputs();
         digits += (size_t)blockIdx.y * TOKEN_TILES * tiles_k * 128;
         scales += first_token;
-        int segment = 0, segment_end = border(part * kSegmentsOfWarp + 1);
+        int segment = 0, segment_end = border(first_segment + 1);
         for (int k0 = first; k0 < last; k0 += DEPTH) {
 #pragma unroll
             for (int d = 0; d < DEPTH; ++d) {
@@ -233,23 +267,27 @@ nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, c
                                 out[r][q][half] = 0.f;
                             }
                     ++segment;
-                    segment_end = border(part * kSegmentsOfWarp + segment + 1);
+                    segment_end = border(first_segment + segment + 1);
                 }
             }
         }
     }
     if (SEGMENTS > 1) {
-        __syncthreads();
+        wait_for_all();
         // All warps of these rows add, each some of the values.
-        const float* sums = segment_sums + warp / COLUMN_WARPS * SEGMENTS * kOfSegment;
-        for (int index = part * 32 + lane; index < kOfSegment; index += COLUMN_WARPS * 32) {
+        u32 sums[CLUSTER];
+#pragma unroll
+        for (int rank = 0; rank < CLUSTER; ++rank) sums[rank] = shared_of(row_sums, rank);
+        for (int index = (blockIdx.x * COLUMN_WARPS + part) * 32 + lane; index < kOfSegment; index += CLUSTER * COLUMN_WARPS * 32) {
             float sum = 0.f;
 #pragma unroll
-            for (int segment = 0; segment < SEGMENTS; ++segment) sum += sums[segment * kOfSegment + index];
+            for (int at = 0; at < SEGMENTS; ++at)
+                sum += load_shared(sums[at / kSegmentsOfBlock] + 4 * (at % kSegmentsOfBlock * kOfSegment + index));
             const int half = index / 32 % 2, q = index / 64 % TOKEN_TILES, r = index / (64 * TOKEN_TILES);
             if (row_tile + r < row_tiles)
                 store(y, bias, first_token + q * kTokens + index % 4, (row_tile + r) * kRows + half * 8 + index % 32 / 4, tokens, rows, sum);
         }
+        if (CLUSTER > 1) wait_for_all();  // nobody leaves while others read its sums
     } else {
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r)
