@@ -70,13 +70,19 @@ class Kernel:
 def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
     """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
     capability = torch.cuda.get_device_capability()
-    cubin = cached_cubin(source, f"sm_{capability[0]}{capability[1]}", dict(defines))
+    cubin = cached_cubin(source, architecture(capability), dict(defines))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
     _check(_driver().cuModuleGetFunction(ctypes.byref(handle), module, function.encode()))
     if shared_bytes > _DEFAULT_SHARED_BYTES:
         _check(_driver().cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_bytes))
     return Kernel(handle, capability >= _HOPPER)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The target to compile for; Hopper's own instructions need its own."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    return f"{name}a" if capability == _HOPPER else name
 
 
 def defined(**constants: int) -> tuple[tuple[str, int], ...]:

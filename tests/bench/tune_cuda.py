@@ -8,6 +8,7 @@ All candidates are compiled first, on all cores; then each is timed in a CUDA gr
 import argparse
 import itertools
 import json
+import platform
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from anybit.kernels import layout
 from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
 from anybit.kernels.cuda.compiler import cached_cubin
+from anybit.kernels.cuda.driver import architecture
 from anybit.kernels.cuda.tuning import Tiling, num_segments
 from anybit.kernels.duplicates import duplicates
 
@@ -68,9 +70,9 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = parse_shapes(arguments.shapes)
     cells = [(shape, width, tiles) for shape in shapes for width in layout.BIT_WIDTHS for tiles in TOKENS]
-    major, minor = torch.cuda.get_device_capability()
+    target = architecture(torch.cuda.get_device_capability())
     jobs = [
-        (f"sm_{major}{minor}", cuda.product_constants(tiling, width, GROUP_SIZE, torch.float16, torch.bfloat16, tiles))
+        (target, cuda.product_constants(tiling, width, GROUP_SIZE, torch.float16, torch.bfloat16, tiles))
         for shape, width, tiles in cells
         for tiling in candidates(shape, width, tiles)
     ]
@@ -88,7 +90,9 @@ def main() -> None:
     TUNED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     if arguments.json is not None:
         rows = {key: [[seconds * 1e6, tiling] for seconds, tiling in rows[:8]] for key, rows in measured.items()}
-        arguments.json.write_text(json.dumps({"device": device, "microseconds": rows}, indent=1))
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        report = {"device": device, "versions": versions, "group_size": GROUP_SIZE, "microseconds": rows}
+        arguments.json.write_text(json.dumps(report, indent=1))
 
 
 def timed(shape: Shape, bit_width: int, token_tiles: int) -> list[tuple[float, dict[str, int]]]:

@@ -98,13 +98,9 @@ def test_every_tiling_gives_the_same_bits(width, tokens):
     served, x = fragments.pack(on_gpu(weight)), normal(tokens, 2048).cuda()
     activations = cuda.quantize_activations(x, 128)
     base = default_tiling(500, 2048, width, activations.digits.shape[0])
+    others = [(2, 1, 16, 1, 1), (1, 2, 4, 1, 2), (1, 3, 1, 1, 1), (1, 2, 4, 4, 1), (2, 1, 2, 8, 1)]
     results = []
-    for tiling in [
-        base,
-        Tiling(2, 1, 16, 1, base.segments),
-        Tiling(1, 2, 4, 2, base.segments),
-        Tiling(1, 3, 1, 1, base.segments),
-    ]:
+    for tiling in [base, *(Tiling(*fields, base.segments) for fields in others)]:
         y = torch.full((tokens, 500), torch.nan, device="cuda")
         cuda.multiply(activations, served, width, None, y, tiling)
         results.append(y)

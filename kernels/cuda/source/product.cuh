@@ -1,0 +1,117 @@
+// What the products of nested weights share: weights in registers, sums that become floats, blocks of a cluster.
+#pragma once
+#include "nested.cuh"
+
+#ifndef CLUSTER  // blocks that share row tiles, and read each other's sums
+#define CLUSTER 1
+#endif
+
+namespace nested {
+
+// A sum below 2^22 added to this integer is the mantissa of a float that is that much above 12582912.
+constexpr int kMagic = 0x4B400000;
+constexpr float kMagicFloat = 12582912.f;
+
+__device__ inline u32 load(const u32* from) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+__device__ inline uint2 load(const uint2* from) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+__device__ inline uint4 load(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+// 128 * d1 + d0 as a float, rounded once.
+__device__ inline float joined(int d1, int d0) {
+    return __fmaf_rn(128.f, __int_as_float(d1) - kMagicFloat, __int_as_float(d0) - kMagicFloat);
+}
+
+struct Tile {
+    uint4 c2, c6, c8;
+    uint2 c3, c4;
+    Part high[kGroups][2], low[kGroups][2];
+
+    __device__ void request(const Weight& weight, size_t index, int lane) {
+        const size_t place = index * 32 + lane;
+        c2 = load(weight.c2 + place);
+        if (kHasC3) c3 = load(weight.c3 + place);
+        if (kHasC4) c4 = load(weight.c4 + place);
+        if (kHasC6) c6 = load(weight.c6 + place);
+        if (kHasC8) c8 = load(weight.c8 + place);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const size_t part = (index * kGroups + group) * kRows + half * 8 + lane / 4;
+                high[group][half] = load(weight.high + part);
+                if (kHasLow) low[group][half] = load(weight.low + part);
+            }
+    }
+};
+
+__device__ inline u32 moved(u32 v, int right) { return right >= 0 ? v >> right : v << -right; }
+__device__ inline u32 with_bits(u32 v, u32 mask, u32 others) {  // (v & mask) | others
+    u32 result;
+    asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(result) : "r"(v), "r"(mask), "r"(others));
+    return result;
+}
+
+// The width's bits of the high nibble, as integers.
+__device__ inline void high_codes(const Tile& tile, int step, u32* codes) {
+    constexpr int kBelow = BITS >= 4 ? 2 : BITS - 2, kBelowC3 = kHasC4 ? 1 : 0;  // bits that follow those of c2 and c3
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const int bit = 4 * (step % 2) + j;
+        codes[j] = moved(word(tile.c2, step), 2 * j - kBelow) & (0x03030303u << kBelow);
+        if (kHasC3) codes[j] = with_bits(moved(word(tile.c3, step / 2), bit - kBelowC3), 0x01010101u << kBelowC3, codes[j]);
+        if (kHasC4) codes[j] = with_bits(moved(word(tile.c4, step / 2), bit), 0x01010101u, codes[j]);
+    }
+}
+__device__ inline void low_codes(const Tile& tile, int step, u32* codes) {
+    constexpr int kBelow = kHasC8 ? 2 : 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        codes[j] = moved(word(tile.c6, step), 2 * j - kBelow) & (0x03030303u << kBelow);
+        if (kHasC8) codes[j] = with_bits(moved(word(tile.c8, step), 2 * j), 0x03030303u, codes[j]);
+    }
+}
+
+__device__ inline void store(Value* y, const float* bias, int token, int row, int tokens, int rows, float value) {
+    if (token < tokens && row < rows)
+        y[(size_t)token * rows + row] = to_value(bias == nullptr ? value : value + bias[row]);
+}
+
+// Shared memory of a block of the cluster, by its rank.
+__device__ inline u32 shared_of(const float* own, int rank) {
+    u32 address = (u32)__cvta_generic_to_shared(own);
+#if CLUSTER > 1
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+#endif
+    return address;
+}
+__device__ inline float load_shared(u32 address) {
+    float value;
+#if CLUSTER > 1
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#else
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+    return value;
+}
+__device__ inline void wait_for_all() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+}  // namespace nested
