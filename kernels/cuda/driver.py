@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from anybit.kernels.cuda.compiler import Defines, cached_cubin
+from anybit.kernels.cuda.compiler import cached_cubin
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_BYTES = 48 << 10
@@ -87,8 +87,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def defined(**constants: int) -> tuple[tuple[str, int], ...]:
     """Constants as `load_kernel` takes them."""
-    ordered: Defines = dict(sorted(constants.items()))
-    return tuple(ordered.items())
+    return tuple(sorted(constants.items()))
 
 
 @functools.cache

@@ -75,7 +75,8 @@ def pack(weight: NestedWeight) -> FragmentWeight:
 def _pack_stream(packed: Tensor, chunk: layout.Chunk) -> Tensor:
     fields = _fragments(layout.unpack_chunk(packed, chunk))  # [row tiles, column tiles, steps, lanes, registers, bytes]
     if chunk.bits == 1:
-        fields = fields.unflatten(2, (_STEPS // 2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5)
+        fields = fields.view(*fields.shape[:2], _STEPS // 2, 2, _LANES, _REGISTERS, _BYTES)
+        fields = fields.transpose(3, 4).flatten(4, 5)
     words = torch.zeros_like(fields[..., 0, :])
     for position in range(fields.shape[4]):
         words |= fields[..., position, :] << (chunk.bits * position)
@@ -97,4 +98,4 @@ def _pack_part(scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     pairs = torch.stack((scale, zero), -1)  # [groups, rows, 2]
     groups_of_tile = TILE_COLUMNS // group_size
     padded = F.pad(pairs, (0, 0, 0, -rows % TILE_ROWS, 0, -groups % groups_of_tile))
-    return padded.unflatten(1, (-1, TILE_ROWS)).transpose(0, 1).contiguous()
+    return padded.view(padded.shape[0], -1, TILE_ROWS, 2).transpose(0, 1).contiguous()

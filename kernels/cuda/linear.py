@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anybit.kernels import layout
 from anybit.kernels.cuda.compiler import can_compile
-from anybit.kernels.cuda.driver import defined, load_kernel
+from anybit.kernels.cuda.driver import Argument, defined, load_kernel
 from anybit.kernels.cuda.fragments import TILE_COLUMNS, FragmentWeight
 from anybit.kernels.cuda.tuning import Tiling, choose_tiling
 from anybit.kernels.nested import NestedWeight
@@ -73,7 +73,7 @@ def quantize_activations(x: Tensor, group_size: int) -> Activations:
     scales = torch.empty(column_tiles * (TILE_COLUMNS // group_size), token_tiles * _TOKENS, 2, device=x.device)
     activations = Activations(tokens, digits, scales)
     kernel = load_kernel("activations", "quantize_activations", defined(GROUP=group_size, VALUE=_VALUES[x.dtype]))
-    arguments = [*_pointers(x, digits, scales), *_integers(tokens, columns, activations.slots)]
+    arguments: list[Argument] = [*_pointers(x, digits, scales), *_integers(tokens, columns, activations.slots)]
     kernel.launch((column_tiles, token_tiles, 1), 128, arguments)
     return activations
 
@@ -111,7 +111,7 @@ def multiply(
     part_dtype = weight.parts[bit_width].dtype
     constants = product_constants(tiling, bit_width, weight.group_size, part_dtype, y.dtype, token_tiles)
     kernel = load_kernel("linear_decode", "nested_linear_decode", defined(**constants), shared_bytes)
-    arguments = [
+    arguments: list[Argument] = [
         _describe(weight, bit_width),
         *_pointers(activations.digits, activations.scales, bias, y),
         *_integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
@@ -145,7 +145,7 @@ def embedding(token_ids: Tensor, weight: FragmentWeight, bit_width: int) -> Tens
     if ids.numel():
         constants = _constants(bit_width, weight.group_size, weight.parts[bit_width].dtype)
         kernel = load_kernel("embedding", "nested_embedding", defined(**constants))
-        arguments = [
+        arguments: list[Argument] = [
             _describe(weight, bit_width),
             *_pointers(ids, out),
             *_integers(weight.in_features, weight.column_tiles),

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from graph_timing import graph_seconds
 
-from anybit.engine.bench.graph_timing import graph_seconds
 from anybit.engine.bench.kernels import random_weight
 from anybit.engine.bench.shapes import Shape, parse_shapes
 from anybit.kernels import layout
