@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--source", default="demo")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints in the folder")
+    parser.add_argument("--reuse", action="store_true", help="score checkpoints found there, whatever made them")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     if arguments.markdown:
@@ -142,7 +143,7 @@ def make_checkpoint(
     row = ROWS[name]
     directory = arguments.work / f"{name}-{variant}-{'_'.join(map(str, widths))}-{seed}"
     minutes_file = arguments.work / f"{directory.name}.minutes"
-    if minutes_file.is_file() and directory.is_dir():
+    if arguments.reuse and minutes_file.is_file() and directory.is_dir():
         return directory, float(minutes_file.read_text())
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
