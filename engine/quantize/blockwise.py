@@ -99,9 +99,9 @@ class BlockSolver:
         linears = load_linears(self._source, layer, self._device)
         vectors = load_vectors(self._source, self._config, layer, self._device)
         with torch.no_grad():
-            sizes: dict[str, ChannelSizes] = {}
+            sizes: dict[str, ChannelSizes] | None = {} if self._recipe.balance else None
             float_moments, streams.float_output = self._observe(block, streams.float_hidden, linears, vectors, sizes)
-            if self._recipe.balance:
+            if sizes is not None:
                 balanced = balance(self._config, linears, vectors, sizes, self._recipe.balance)
                 linears, vectors = balanced.linears, balanced.vectors
                 for name, scales in balanced.input_scales.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from anybit.kernels.cpu.bindings import library
+from anybit.kernels.cpu.bindings import native_library
 from anybit.kernels.cpu.threads import torch_on_all_threads
 
 _WORD_BYTES = 8
@@ -28,7 +28,7 @@ class ReadProbe:
         with torch_on_all_threads():
             seconds = _seconds(self._words.sum)
         time.sleep(_REST_SECONDS)
-        native = library()
+        native = native_library()
         if native is not None:
             read = native.anybit_read
             seconds = min(seconds, _seconds(lambda: read(self._words.data_ptr(), self._words.nbytes)))

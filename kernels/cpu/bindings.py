@@ -37,7 +37,7 @@ class Segment(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def native_library() -> ctypes.CDLL | None:
     """The shared library, or None where it was not built; that is logged once, with what to do about it.
 
     ANYBIT_CPU_KERNELS says otherwise: "none" leaves the library unused, the name of an instruction set takes that one.
@@ -79,12 +79,12 @@ def library() -> ctypes.CDLL | None:
 
 def is_native() -> bool:
     """Whether the compiled kernels are used."""
-    return library() is not None
+    return native_library() is not None
 
 
 def instruction_sets() -> list[str]:
     """What this processor can run, the best first; empty without the native library."""
-    native = library()
+    native = native_library()
     names: list[str] = []
     while native is not None and (name := native.anybit_available(len(names))) is not None:
         names.append(name.decode())
@@ -92,24 +92,24 @@ def instruction_sets() -> list[str]:
 
 
 def selected_instruction_set() -> str | None:
-    native = library()
+    native = native_library()
     return None if native is None else native.anybit_selected().decode()
 
 
 def select_instruction_set(name: str) -> None:
     """Use another than the best one, as tests do; ValueError unless it is among `instruction_sets()`."""
-    native = library()
+    native = native_library()
     if native is None or native.anybit_select(name.encode()) != 0:
         raise ValueError(f"The instruction set {name!r} does not run here.")
 
 
 def get_threads() -> int | None:
-    native = library()
+    native = native_library()
     return None if native is None else int(native.anybit_get_threads())
 
 
 def set_threads(count: int) -> None:
     """How many threads take part in every native operation, the caller's included."""
-    native = library()
+    native = native_library()
     if native is not None:
         native.anybit_set_threads(count)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anybit.kernels.cpu.bindings import NUM_WIDTHS, library
+from anybit.kernels.cpu.bindings import NUM_WIDTHS, native_library
 
 _MAX_CODES = 256
 _MAX_COLUMNS = 128
@@ -41,7 +41,7 @@ def can_choose_codes(targets: Tensor, num_codes: int) -> bool:
         and targets.shape[2] <= _MAX_COLUMNS
         and targets.shape[2] % _COLUMN_MULTIPLE == 0
         and num_codes <= _MAX_CODES
-        and library() is not None
+        and native_library() is not None
     )
 
 
@@ -55,7 +55,7 @@ def choose_codes(
     shifts: Sequence[int],
     num_codes: int,
 ) -> tuple[Tensor, Tensor]:
-    native = library()
+    native = native_library()
     if native is None:
         raise RuntimeError("The native CPU kernels were not built.")
     num_widths, rows, columns = targets.shape

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels import layout
-from anybit.kernels.cpu.bindings import FloatPart, Segment, Weight, is_native, library
+from anybit.kernels.cpu.bindings import FloatPart, Segment, Weight, is_native, native_library
 from anybit.kernels.nested import NestedWeight
 
 BLOCK_ROWS = 16
@@ -44,9 +44,7 @@ class PackedWeight:
 def can_pack(weight: NestedWeight) -> bool:
     """Whether the native kernels are there and know this weight's place and number types."""
     part = next(iter(weight.affine.values()))
-    return (
-        part.scale.device.type == "cpu" and part.scale.dtype in (torch.float16, torch.float32) and library() is not None
-    )
+    return part.scale.device.type == "cpu" and part.scale.dtype in (torch.float16, torch.float32) and is_native()
 
 
 def pack(weight: NestedWeight) -> PackedWeight:
@@ -138,7 +136,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def _library() -> ctypes.CDLL:
-    native = library()
+    native = native_library()
     if native is None:
         raise RuntimeError("The native CPU kernels were not built.")
     return native

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anybit.kernels.cpu.bindings import Segment, Weight, library
+from anybit.kernels.cpu.bindings import Segment, Weight, native_library
 from anybit.kernels.cpu.packed import PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -152,7 +152,7 @@ class LayerStack:
     """Addresses of a decoder's layers, gathered once; keeps their memory alive."""
 
     def __init__(self, shape: StackShape, layers: Sequence[StackLayer]) -> None:
-        native = library()
+        native = native_library()
         if native is None:
             raise RuntimeError("The native CPU kernels were not built.")
         self._native = native

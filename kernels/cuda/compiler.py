@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from anybit.kernels import fallbacks
+
 SOURCES = Path(__file__).parent / "source"
 CACHE_VARIABLE = "ANYBIT_KERNEL_CACHE"
 _LIBRARY_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
@@ -59,10 +61,13 @@ def cached_cubin(name: str, architecture: str, defines: Defines) -> bytes:
     if path.is_file():
         return path.read_bytes()
     cubin = compile_source(name, architecture, defines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(cubin)
-    Path(file.name).replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        Path(file.name).replace(path)
+    except OSError as error:
+        fallbacks.record("kernel_cache", f"{path.parent} cannot be written ({error.strerror}), so every start compiles")
     return cubin
 
 

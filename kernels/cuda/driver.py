@@ -66,10 +66,14 @@ class Kernel:
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 
 
-@functools.cache
 def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
     """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
-    capability = torch.cuda.get_device_capability()
+    return _load(torch.cuda.current_device(), source, function, defines, shared_bytes)
+
+
+@functools.cache
+def _load(device: int, source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int) -> Kernel:
+    capability = torch.cuda.get_device_capability(device)
     cubin = cached_cubin(source, architecture(capability), dict(defines))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
@@ -80,9 +84,8 @@ def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...]
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The target to compile for; Hopper's own instructions need its own."""
-    name = f"sm_{capability[0]}{capability[1]}"
-    return f"{name}a" if capability == _HOPPER else name
+    """The target to compile for."""
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def defined(**constants: int) -> tuple[tuple[str, int], ...]:

@@ -37,6 +37,7 @@ class Tiling:
         return self.row_warps * self.segments // self.cluster * self.row_tiles * token_tiles * _SUMS_BYTES
 
 
+@functools.cache
 def choose_tiling(out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling:
     """The measured best, else one that keeps all multiprocessors busy."""
     key = f"{out_features}x{in_features}/{bit_width}/{token_tiles}"

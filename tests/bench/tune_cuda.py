@@ -89,9 +89,9 @@ def main() -> None:
     table.setdefault(device, {}).update({key: rows[0][1] for key, rows in measured.items()})
     TUNED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     if arguments.json is not None:
-        rows = {key: [[seconds * 1e6, tiling] for seconds, tiling in rows[:8]] for key, rows in measured.items()}
+        cells = {key: {"microseconds": rows[0][0] * 1e6, **rows[0][1]} for key, rows in measured.items()}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        report = {"device": device, "versions": versions, "group_size": GROUP_SIZE, "microseconds": rows}
+        report = {"device": device, "versions": versions, "group_size": GROUP_SIZE, "cells": cells}
         arguments.json.write_text(json.dumps(report, indent=1))
 
 

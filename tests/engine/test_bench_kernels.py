@@ -16,6 +16,7 @@ from anybit.kernels.cpu import bandwidth, bindings
 from anybit.kernels.cpu.bandwidth import read_bytes_per_second
 from anybit.kernels.cpu.packed import PackedWeight
 from anybit.kernels.duplicates import duplicates
+from tests.fixtures.native import NOT_BUILT
 from tests.fixtures.nested import normal, random_nested
 from tests.fixtures.sentences import assert_one_sentence
 
@@ -42,9 +43,9 @@ def report(quick):
 def portable(monkeypatch):
     """As if the native library had not been built."""
     monkeypatch.setenv(bindings.VARIABLE, "none")
-    bindings.library.cache_clear()
+    bindings.native_library.cache_clear()
     yield
-    bindings.library.cache_clear()
+    bindings.native_library.cache_clear()
 
 
 def tensors_of(weight: dispatch.ServedWeight) -> list[torch.Tensor]:
@@ -167,7 +168,7 @@ def test_copies_stop_where_memory_does(monkeypatch):
 @pytest.mark.parametrize("native", [True, False])
 def test_duplicates_are_the_same_weight_elsewhere(native, widths):
     if native and not bindings.is_native():
-        pytest.skip("The native CPU kernels were not built.")
+        pytest.skip(NOT_BUILT)
     weight = random_nested(40, 64, 32, widths)
     served = dispatch.prepare(weight) if native else weight
     assert isinstance(served, PackedWeight) == native

@@ -22,6 +22,7 @@ from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import NestedLoader
 from anybit.kernels.layout import BIT_WIDTHS
 from tests.fixtures.engine import RecordingDecoder, make_core, make_request, run, tokens_by_request
+from tests.fixtures.native import NOT_BUILT
 from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
 
 VOCAB_SIZE = 520
@@ -88,7 +89,7 @@ def model(request, tmp_path_factory):
     reader = CheckpointReader(directory)
     decoder = decoder_of(config, NestedLoader(reader, BIT_WIDTHS, 8, native=request.param))
     if request.param and decoder.native is None:
-        pytest.skip("the native kernels were not built")
+        pytest.skip(NOT_BUILT)
     embedding = NestedLoader(reader, BIT_WIDTHS, 8, native=False).vocabulary("model.embed_tokens")
     embedding.weight.affine[8].zero[:, POISON] = torch.nan
     return Model(replace(decoder, embedding=embedding))

@@ -21,13 +21,12 @@ from anybit.engine.weights.loader import NestedLoader
 from anybit.engine.weights.selfcheck import NUM_TILES, check_checkpoint, check_loaded
 from anybit.engine.weights.tiles import Budget, WeightShape, draw_tiles
 from anybit.kernels import layout
-from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.packed import PackedWeight
+from tests.fixtures.native import native_only
 from tests.fixtures.sentences import assert_one_sentence
 from tests.fixtures.tiny_llama import save_llama, tiny_llama
 
 WIDTHS = layout.BIT_WIDTHS
-native_only = pytest.mark.skipif(not is_native(), reason="the native kernels were not built")
 ORDERS = [pytest.param(True, marks=native_only, id="native"), pytest.param(False, id="portable")]
 
 

@@ -9,6 +9,7 @@ import torch
 from anybit.kernels import dispatch, reference
 from anybit.kernels.cpu import bindings
 from anybit.kernels.nested import NestedWeight
+from tests.fixtures.native import native_only
 from tests.fixtures.nested import normal, random_nested
 
 
@@ -19,13 +20,13 @@ def test_they_are_built_wherever_there_is_a_compiler():
 
 @pytest.fixture
 def fresh_library(monkeypatch):
-    """`bindings.library` as in a new process."""
+    """`bindings.native_library` as in a new process."""
     monkeypatch.delenv(bindings.VARIABLE, raising=False)
-    bindings.library.cache_clear()
+    bindings.native_library.cache_clear()
     yield bindings
     monkeypatch.undo()
-    bindings.library.cache_clear()
-    bindings.library()
+    bindings.native_library.cache_clear()
+    bindings.native_library()
 
 
 def test_without_a_compiler_linears_are_portable_and_one_sentence_says_how_to_mend_it(
@@ -49,20 +50,20 @@ def test_none_leaves_them_unused_without_a_word(fresh_library, monkeypatch, capl
     assert not caplog.records
 
 
-@pytest.mark.skipif(not bindings.is_native(), reason="the native kernels were not built")
+@native_only
 def test_name_of_an_instruction_set_takes_that_one(fresh_library, monkeypatch):
     best, *others = bindings.instruction_sets()
     for name in (*others, best):
         monkeypatch.setenv(bindings.VARIABLE, name)
-        bindings.library.cache_clear()
+        bindings.native_library.cache_clear()
         assert bindings.selected_instruction_set() == name
 
 
-@pytest.mark.skipif(not bindings.is_native(), reason="the native kernels were not built")
+@native_only
 def test_unknown_name_takes_the_best_and_says_so(fresh_library, monkeypatch, caplog):
     best = bindings.instruction_sets()[0]
     bindings.select_instruction_set(best)
     monkeypatch.setenv(bindings.VARIABLE, "abacus")
-    bindings.library.cache_clear()
+    bindings.native_library.cache_clear()
     assert bindings.selected_instruction_set() == best
     assert "'abacus'" in caplog.text

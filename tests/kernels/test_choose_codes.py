@@ -7,6 +7,7 @@ from anybit.kernels import reference
 from anybit.kernels.cpu import choose_codes as cpu
 from anybit.kernels.cpu.bindings import instruction_sets, is_native, select_instruction_set, selected_instruction_set
 from anybit.kernels.portable import choose_codes as portable
+from tests.fixtures.native import native_only
 
 SHAPES = {
     "one width": ((0,), 2, 5, 16),
@@ -53,14 +54,14 @@ def test_portable(shape, with_origin):
     check(portable.choose_codes, shape, with_origin)
 
 
-@pytest.mark.skipif(not is_native(), reason="the native library was not built")
+@native_only
 @pytest.mark.parametrize("with_origin", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native(shape, with_origin):
     check(cpu.choose_codes, shape, with_origin)
 
 
-@pytest.mark.skipif(not is_native(), reason="the native library was not built")
+@native_only
 def test_every_instruction_set_gives_the_same_codes():
     arguments = problem("three widths", with_origin=True)
     before = selected_instruction_set()

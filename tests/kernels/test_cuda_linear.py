@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anybit.kernels import dispatch, layout, reference
-from anybit.kernels.cuda import fragments, tuning
+from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
 from anybit.kernels.cuda.tuning import Tiling, default_tiling
 from anybit.kernels.nested import Affine, NestedWeight
@@ -106,18 +106,6 @@ def test_every_tiling_gives_the_same_bits(width, tokens):
         results.append(y)
     assert all(torch.equal(result, results[0]) for result in results)
     assert_near_oracle(results[0], x, weight, width)
-
-
-def test_tuned_tilings_are_valid():
-    for device, entries in tuning.all_tuned().items():
-        for key, entry in entries.items():
-            shape, width, token_tiles = key.split("/")
-            out_features, in_features = map(int, shape.split("x"))
-            tiling = Tiling(**entry, segments=tuning.num_segments(out_features, in_features))
-            assert tiling.segments % (tiling.column_warps * tiling.cluster) == 0, (device, key)
-            assert tiling.threads <= 1024
-            assert int(width) in layout.BIT_WIDTHS
-            assert int(token_tiles) in (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

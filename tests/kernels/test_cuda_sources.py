@@ -1,9 +1,12 @@
 """CUDA C++ compiles to machine code for Ampere and Hopper; no GPU is needed."""
 
 import pytest
+import torch
 
+from anybit.kernels import fallbacks
 from anybit.kernels.cuda import compiler
 from anybit.kernels.cuda.compiler import CompileError, cached_cubin, can_compile, compile_source
+from anybit.kernels.cuda.linear import product_constants
 from anybit.kernels.cuda.tuning import default_tiling
 from anybit.kernels.layout import BIT_WIDTHS
 
@@ -14,22 +17,13 @@ ELF = b"\x7fELF"
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("bit_width", BIT_WIDTHS)
-@pytest.mark.parametrize(("group_size", "token_tiles", "value"), [(128, 1, 2), (64, 2, 1), (32, 8, 0)])
-def test_products_compile(architecture, bit_width, group_size, token_tiles, value):
+@pytest.mark.parametrize(
+    ("group_size", "token_tiles", "dtype"), [(128, 1, torch.bfloat16), (64, 2, torch.float16), (32, 8, torch.float32)]
+)
+def test_products_compile(architecture, bit_width, group_size, token_tiles, dtype):
     tiling = default_tiling(4096, 4096, bit_width, token_tiles)
-    constants = {
-        "BITS": bit_width,
-        "GROUP": group_size,
-        "VALUE": value,
-        "PART": value % 2,
-        "TOKEN_TILES": token_tiles,
-        "ROW_TILES": tiling.row_tiles,
-        "ROW_WARPS": tiling.row_warps,
-        "COLUMN_WARPS": tiling.column_warps,
-        "CLUSTER": tiling.cluster,
-        "SEGMENTS": tiling.segments,
-        "DEPTH": tiling.depth,
-    }
+    part_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    constants = product_constants(tiling, bit_width, group_size, part_dtype, dtype, token_tiles)
     assert compile_source("linear_decode", architecture, constants).startswith(ELF)
 
 
@@ -61,3 +55,12 @@ def test_what_is_compiled_is_kept_until_a_source_changes(monkeypatch, tmp_path):
     assert cached_cubin("small", "sm_90", {"VALUE": 2}) not in (b"kept", first)
     (source / "small.cu").write_text('extern "C" __global__ void f(int* x) { *x = 2 * VALUE; }')
     assert cached_cubin("small", "sm_90", {"VALUE": 1}) not in (b"kept", first)
+
+
+def test_a_cache_that_cannot_be_written_is_counted_and_does_no_harm(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file"))
+    before = fallbacks.snapshot()
+    assert cached_cubin("activations", "sm_90", {"GROUP": 64}).startswith(ELF)
+    (added,) = fallbacks.snapshot().keys() - before.keys()
+    assert added.startswith("kernel_cache:")

@@ -10,9 +10,10 @@ from anybit.kernels.cpu import bindings, packed
 from anybit.kernels.nested import Affine, NestedWeight
 from anybit.kernels.portable import greedy as portable_greedy
 from anybit.kernels.portable import norm as portable_norm
+from tests.fixtures.native import native_only
 from tests.fixtures.nested import random_nested, with_noise_below
 
-pytestmark = pytest.mark.skipif(bindings.library() is None, reason="the native kernels were not built")
+pytestmark = native_only
 
 # [out, in, group]: SmolLM2, Qwen2.5-0.5B, rows of Llama-3-8B, and odd sizes.
 SHAPES = [

@@ -14,10 +14,11 @@ from anybit.kernels import fallbacks
 from anybit.kernels.cpu import bindings
 from anybit.kernels.layout import BIT_WIDTHS
 from tests.fixtures.engine import cached_logits
+from tests.fixtures.native import native_only
 from tests.fixtures.tiny_families import FAMILIES, tiny_family
 from tests.fixtures.tiny_llama import decoder_of, save_llama
 
-pytestmark = pytest.mark.skipif(bindings.library() is None, reason="the native kernels were not built")
+pytestmark = native_only
 TOKENS = torch.randint(4, 500, (150,), generator=torch.Generator().manual_seed(7)).tolist()
 
 

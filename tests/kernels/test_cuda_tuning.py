@@ -1,0 +1,37 @@
+"""Tilings of the GPU's products can be launched, whatever the shape; no GPU is needed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anybit.kernels import layout
+from anybit.kernels.cuda.tuning import Tiling, all_tuned, default_tiling, num_segments
+
+TOKEN_TILES = (1, 2, 4, 8)
+MAX_SHARED_BYTES = 160 << 10  # of a block on compute capability 8.0, less what the system takes
+
+
+def assert_launchable(tiling: Tiling, in_features: int, token_tiles: int) -> None:
+    assert tiling.segments % (tiling.column_warps * tiling.cluster) == 0
+    assert tiling.segments == 1 or tiling.segments * 128 <= in_features + 127  # none is empty
+    assert 32 <= tiling.threads <= 1024
+    assert tiling.shared_bytes(token_tiles) <= MAX_SHARED_BYTES
+
+
+@given(
+    st.integers(1, 200_000), st.integers(1, 1000).map(lambda groups: 32 * groups), st.sampled_from(layout.BIT_WIDTHS)
+)
+def test_any_shape_has_one(out_features, in_features, bit_width):
+    for token_tiles in TOKEN_TILES:
+        assert_launchable(default_tiling(out_features, in_features, bit_width, token_tiles), in_features, token_tiles)
+
+
+@pytest.mark.parametrize("device", all_tuned())
+def test_tuned_ones_keep_the_order_of_sums(device):
+    for key, fields in all_tuned()[device].items():
+        shape, bit_width, token_tiles = key.split("/")
+        out_features, in_features = map(int, shape.split("x"))
+        tiling = Tiling(**fields, segments=num_segments(out_features, in_features))
+        assert_launchable(tiling, in_features, int(token_tiles))
+        assert int(bit_width) in layout.BIT_WIDTHS
+        assert int(token_tiles) in TOKEN_TILES
