@@ -9,6 +9,7 @@ import torch
 
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
+from anybit.engine.decode_graphs import DecodeGraphs
 from anybit.engine.errors import AnyBitError
 from anybit.engine.machine import (
     describe_device,
@@ -45,8 +46,6 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     keep_freed_memory()
     device = resolve_device(config.device)
     use_threads(config.threads or physical_cores(), device)
-    if config.reproducible and device.type != "cpu":
-        raise ConfigError("Reproducible results are not available on a GPU yet; use --fast or --device cpu.")
     directory = Path(config.checkpoint)
     reader = CheckpointReader(directory)
     manifest = reader.manifest
@@ -60,6 +59,9 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     dtype = _compute_dtype(config.compute_dtype, device)
     loader = NestedLoader(reader, bit_widths, config.lm_head_bits, device)
     decoder = build_decoder(model_config, loader, max_model_len, dtype, device)
+    reproducible = device.type == "cpu" or DecodeGraphs.can_serve(decoder)
+    if config.reproducible and not reproducible:
+        raise ConfigError("This model has no reproducible kernels for this GPU; use --fast or --device cpu.")
     logger.info("Self-check: %s.", check_loaded(reader, loader.loaded, device))
     spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
     num_pages = _num_pages(config, spec, max_model_len, device)
@@ -94,7 +96,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         kv_capacity_tokens=num_pages * PAGE_SIZE,
         device=describe_device(device),
         compute_dtype=str(dtype).removeprefix("torch."),
-        reproducible=device.type == "cpu",
+        reproducible=reproducible,
         load_seconds=time.monotonic() - started,
     )
     logger.info(

@@ -9,11 +9,15 @@ from anybit.engine.sequence import Sequence
 from anybit.engine.types import SamplingParams
 
 
-def adjust_logits(logits: Tensor, sequences: ReadOnly[Sequence]) -> None:
-    """Apply each sequence's penalties and biases to its row of float32 logits [sequences, vocab], in place."""
-    for row, sequence in enumerate(sequences):
-        if _changes_logits(sequence.request.sampling):
-            _adjust(logits[row], sequence)
+def adjust_logits(logits: Tensor, sequences: ReadOnly[Sequence]) -> bool:
+    """Apply each sequence's penalties and biases to its row of float32 logits [sequences, vocab], in place.
+
+    Returns whether any had some.
+    """
+    changing = [row for row, sequence in enumerate(sequences) if _changes_logits(sequence.request.sampling)]
+    for row in changing:
+        _adjust(logits[row], sequences[row])
+    return bool(changing)
 
 
 def _changes_logits(params: SamplingParams) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.batch import BatchPlan, Chunk, plan_batch
+from anybit.engine.decode_graphs import DecodeGraphs
 from anybit.engine.logprobs import score_rows, token_logprobs
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.penalties import adjust_logits
@@ -40,10 +41,14 @@ class Runner:
     def __init__(self, decoder: Decoder, pool: KVPool) -> None:
         self._decoder = decoder
         self._pool = pool
+        self._graphs = DecodeGraphs(decoder, pool) if DecodeGraphs.can_serve(decoder) else None
 
     @torch.inference_mode()
     def run(self, chunks: ReadOnly[Chunk]) -> StepOutput:
         """Compute the chunks."""
+        if self._graphs is not None and self._graphs.covers(chunks):
+            result = self._graphs.run(chunks)
+            return StepOutput(result.widths, choose_tokens(result.logits, result.sequences, result.likeliest))
         plan = plan_batch(chunks, self._decoder.device)
         hidden = self._decoder.forward(plan, self._pool)
         return StepOutput(
@@ -66,17 +71,28 @@ class Runner:
     def _sample(self, plan: BatchPlan, hidden: Tensor) -> list[SampledToken]:
         # As many as there are rows: then they are the rows, in order.
         logits = self._decoder.logits(hidden if len(plan.sampled) == hidden.shape[0] else hidden[plan.sampled_rows])
-        params = [sequence.request.sampling for sequence in plan.sampled]
-        reporting = [row for row, param in enumerate(params) if param.num_logprobs is not None]
-        own_logits = logits[reporting] if reporting else None  # a copy, which penalties leave alone
-        adjust_logits(logits, plan.sampled)
-        token_ids = sample(logits, params, [sequence.num_generated for sequence in plan.sampled])
-        logprobs: dict[int, TokenLogprob] = {}
-        if own_logits is not None:
-            tokens = [token_ids[row] or 0 for row in reporting]
-            num_top = [params[row].num_logprobs or 0 for row in reporting]
-            logprobs = dict(zip(reporting, token_logprobs(own_logits, tokens, num_top), strict=True))
-        return [
-            SampledToken(sequence, token_id, logprobs.get(row))
-            for row, (sequence, token_id) in enumerate(zip(plan.sampled, token_ids, strict=True))
-        ]
+        return choose_tokens(logits, plan.sampled)
+
+
+def choose_tokens(
+    logits: Tensor, sequences: ReadOnly[Sequence], likeliest: ReadOnly[int] | None = None
+) -> list[SampledToken]:
+    """The next token of each sequence from float32 logits [sequences, vocab], which penalties and biases change in place.
+
+    `likeliest` is `dispatch.greedy` of the logits where that is known.
+    """
+    params = [sequence.request.sampling for sequence in sequences]
+    reporting = [row for row, param in enumerate(params) if param.num_logprobs is not None]
+    own_logits = logits[reporting] if reporting else None  # a copy, which penalties leave alone
+    if adjust_logits(logits, sequences):
+        likeliest = None
+    token_ids = sample(logits, params, [sequence.num_generated for sequence in sequences], likeliest)
+    logprobs: dict[int, TokenLogprob] = {}
+    if own_logits is not None:
+        tokens = [token_ids[row] or 0 for row in reporting]
+        num_top = [params[row].num_logprobs or 0 for row in reporting]
+        logprobs = dict(zip(reporting, token_logprobs(own_logits, tokens, num_top), strict=True))
+    return [
+        SampledToken(sequence, token_id, logprobs.get(row))
+        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+    ]

@@ -12,15 +12,21 @@ from anybit.engine.types import SamplingParams
 from anybit.kernels import dispatch
 
 
-def sample(logits: Tensor, params: ReadOnly[SamplingParams], num_generated: ReadOnly[int]) -> list[int | None]:
+def sample(
+    logits: Tensor,
+    params: ReadOnly[SamplingParams],
+    num_generated: ReadOnly[int],
+    likeliest_tokens: ReadOnly[int] | None = None,
+) -> list[int | None]:
     """The next token of each row, or None where the logits are not finite.
 
-    logits float32 [rows, vocab]; `num_generated[i]` tokens were drawn for row i before.
+    logits float32 [rows, vocab]; `num_generated[i]` tokens were drawn for row i before. `likeliest_tokens` is
+    `dispatch.greedy` of the logits where that is known.
     """
+    if likeliest_tokens is None:
+        likeliest_tokens = dispatch.greedy(logits).tolist()
     tokens: list[int | None] = []
-    for row, (likeliest, param, count) in enumerate(
-        zip(dispatch.greedy(logits).tolist(), params, num_generated, strict=True)
-    ):
+    for row, (likeliest, param, count) in enumerate(zip(likeliest_tokens, params, num_generated, strict=True)):
         if likeliest < 0:
             tokens.append(None)
         elif param.temperature == 0 or param.top_k == 1:

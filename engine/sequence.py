@@ -53,5 +53,10 @@ class Sequence:
         return self.request.sampling.num_prompt_logprobs is not None
 
     @property
+    def has_unscored_prompt(self) -> bool:
+        """Whether log probabilities of the prompt's tokens are wanted and still to be found."""
+        return self.wants_prompt_logprobs and self.num_computed + 1 < self.num_prompt_tokens
+
+    @property
     def bit_width(self) -> int:
         return self.request.precision.bit_width

@@ -14,6 +14,7 @@ from anybit.kernels.cpu import choose_codes as cpu_codes
 from anybit.kernels.cpu import packed as cpu
 from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.packed import PackedWeight
+from anybit.kernels.cuda import attention as cuda_attention
 from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
 from anybit.kernels.cuda.fragments import FragmentWeight
@@ -88,6 +89,12 @@ def paged_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """Causal attention over paged keys and values; shapes in `kernels.portable.attention.paged_attention`."""
+    if cuda_attention.can_attend(q, k_pages):
+        return cuda_attention.paged_attention(
+            q, k_pages, v_pages, block_tables, positions, scale, window=window, softcap=softcap
+        )
+    if q.is_cuda:
+        fallbacks.record("cuda_attention", f"no kernel for heads of {q.shape[-1]} and {k_pages.dtype} pages")
     return portable_attention.paged_attention(
         q, k_pages, v_pages, block_tables, positions, scale, window=window, softcap=softcap
     )

@@ -14,13 +14,19 @@ class KVPool:
     def __init__(self, spec: KVSpec, num_pages: int, device: torch.device | str = "cpu") -> None:
         self.spec = spec
         self.num_pages = num_pages
-        shape = (spec.num_layers, 2, num_pages, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
-        if torch.device(device).type == "cpu":
+        on_cpu = torch.device(device).type == "cpu"
+        shape = (spec.num_layers, 2, num_pages + (not on_cpu), spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
+        if on_cpu:
             # An anonymous mapping is zero and costs memory only where pages are used.
             memory = mmap.mmap(-1, num_pages * spec.page_bytes)
             self._pages = torch.frombuffer(memory, dtype=spec.dtype).view(shape)
         else:
             self._pages = torch.zeros(shape, dtype=spec.dtype, device=device)
+
+    @property
+    def scratch_page(self) -> int:
+        """On a GPU a page beyond `num_pages` that belongs to nobody: rows which only pad a batch write there."""
+        return self.num_pages
 
     def keys(self, layer: int) -> Tensor:
         return self._pages[layer, 0]

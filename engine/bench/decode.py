@@ -4,24 +4,21 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from anybit.engine.assemble import assemble
 from anybit.engine.bench.bandwidth import copy_bytes_per_second
-from anybit.engine.config import EngineConfig
+from anybit.engine.bench.subject import DecodeSubject
 from anybit.engine.core import EngineCore
-from anybit.engine.machine import resolve_device
 from anybit.engine.precision import Precision
-from anybit.engine.types import GenerationRequest, ModelInfo, SamplingParams
+from anybit.engine.types import GenerationRequest, SamplingParams
 
 _WARM_UP_STEPS = 2
 
 
 def bench_decode(
-    config: EngineConfig,
+    subject: DecodeSubject,
     bit_widths: Sequence[int],
     batches: Sequence[int],
     context: int,
@@ -33,22 +30,20 @@ def bench_decode(
 
     Every sequence has `context` tokens of prompt in the cache before the clock starts.
     """
-    config = replace(config, max_num_seqs=max(batches))
-    core, info = assemble(config)
-    bandwidth = copy_bytes_per_second(resolve_device(config.device))
+    bandwidth = copy_bytes_per_second(subject.device)
     cells = [(width, batch) for width in bit_widths for batch in batches]
     samples: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
     for round_index in range(rounds):
         for index, (width, batch) in enumerate(cells):
-            samples[width, batch].append(_step_seconds(core, width, batch, context, steps, info.vocab_size))
+            samples[width, batch].append(_step_seconds(subject.core, width, batch, context, steps, subject.vocab_size))
             progress(round_index * len(cells) + index + 1, rounds * len(cells))
     return {
-        "device": f"{platform.machine()} {info.device}",
+        "device": f"{platform.machine()} {subject.device_name}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "shape": info.name,
+        "shape": subject.name,
         "copy_gb_per_second": bandwidth / 1e9,
         "rows": [
-            _row(info, width, batch, context, statistics.median(samples[width, batch]), bandwidth)
+            _row(subject, width, batch, context, statistics.median(samples[width, batch]), bandwidth)
             for width, batch in cells
         ],
     }
@@ -74,12 +69,14 @@ def _step_seconds(core: EngineCore, width: int, batch: int, context: int, steps:
     return seconds
 
 
-def _row(info: ModelInfo, width: int, batch: int, context: int, seconds: float, bandwidth: float) -> dict[str, Any]:
-    weight_bytes = next(entry.bytes_read_per_token for entry in info.widths if entry.bit_width == width)
-    moved = weight_bytes + batch * context * info.kv_bytes_per_token
+def _row(
+    subject: DecodeSubject, width: int, batch: int, context: int, seconds: float, bandwidth: float
+) -> dict[str, Any]:
+    weight_bytes = subject.weight_bytes[width]
+    moved = weight_bytes + batch * context * subject.kv_bytes_per_token
     return {
         "bit_width": width,
-        "kv_format": info.kv_format,
+        "kv_format": subject.kv_format,
         "batch": batch,
         "context": context,
         "tokens_per_second": batch / seconds,

@@ -15,6 +15,7 @@ from anybit.engine.layers.mlp import GatedMLP
 from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.cuda_layers import CudaLayers, cuda_layers
 from anybit.engine.models.native import NativeLayers, native_layers
 from anybit.kernels import dispatch
 from anybit.kvcache.pool import KVPool
@@ -63,16 +64,16 @@ class Decoder:
     head: VocabularyTable
     dtype: torch.dtype
     device: torch.device
-    native: NativeLayers | None = None  # all layers in one call, where that is possible
+    native: NativeLayers | CudaLayers | None = None  # all layers in one call, where that is possible
 
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
         """Compute the plan's rows, extend the KV cache by them, return their last hidden states [rows, hidden_size]."""
         hidden = self.embedding.embed(plan.token_ids)
         if self.config.embedding_scale != 1:
             hidden.mul_(self.config.embedding_scale)
-        hidden = hidden.to(self.dtype)
         if self.native is not None:
             return self.native(hidden, plan, pool)
+        hidden = hidden.to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
         return hidden
@@ -129,5 +130,5 @@ def build_decoder(
     embedding = loader.vocabulary("model.embed_tokens")
     layers = tuple(layer(index) for index in range(config.num_layers))
     head = embedding if config.tie_word_embeddings else loader.vocabulary("lm_head")
-    native = native_layers(config, layers, dtype)
+    native = native_layers(config, layers, dtype) or cuda_layers(config, layers, dtype)
     return Decoder(config, embedding, layers, norm("model.norm"), head, dtype, torch.device(device), native)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from anybit.engine.quantize.recipes import HELD_OUT, Recipe
 from anybit.engine.quantize.rtn import float_part_dtype
 from anybit.engine.quantize.solve.coded import CodedWeight
 from anybit.engine.quantize.solve.methods import Solved, solve_residual, solve_shared, solve_uniform
+from anybit.engine.quantize.solve.precision import training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 from anybit.engine.quantize.solve.training import TrainingData, train_block
 from anybit.engine.weights.source import SourceModel
@@ -146,7 +148,8 @@ class BlockSolver:
             streams.float_hidden, streams.float_output = streams.float_output, None
             for width, hidden in streams.prefix.items():
                 weights = {name: weight.read(width) for name, weight in solved.weights.items()}
-                streams.prefix[width] = _forward(block, hidden, weights, solved.vectors)
+                with nullcontext() if self._recipe.prefix_hessians else training_products(self._device):
+                    streams.prefix[width] = _forward(block, hidden, weights, solved.vectors)
 
     def _observe(
         self,

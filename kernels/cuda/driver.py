@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from anybit.kernels.cuda.compiler import cached_cubin
+from anybit.kernels.cuda.compiler import cached_cubin, can_compile
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_BYTES = 48 << 10
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_HOPPER = (9, 0)
+_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
-Argument = ctypes.c_int | ctypes.c_void_p | ctypes.Structure
+Argument = ctypes.c_int | ctypes.c_float | ctypes.c_void_p | ctypes.Structure
 
 
 class LaunchError(RuntimeError):
@@ -66,6 +67,14 @@ class Kernel:
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 
 
+@functools.cache
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels can be built here and run on this device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _AMPERE and can_compile()
+
+
 def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
     """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
     return _load(torch.cuda.current_device(), source, function, defines, shared_bytes)
@@ -91,6 +100,15 @@ def architecture(capability: tuple[int, int]) -> str:
 def defined(**constants: int) -> tuple[tuple[str, int], ...]:
     """Constants as `load_kernel` takes them."""
     return tuple(sorted(constants.items()))
+
+
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Arguments that are tensors; None is a null pointer."""
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def integers(*values: int) -> list[ctypes.c_int]:
+    return [ctypes.c_int(value) for value in values]
 
 
 @functools.cache

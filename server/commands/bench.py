@@ -1,12 +1,14 @@
 """`anybit bench`: the project's own measurements."""
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from anybit.engine.bench.model_shapes import MODEL_SHAPES
 from anybit.engine.config import DEFAULT_METHOD, EngineConfig
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands import bench_kernels, bench_serve
@@ -24,6 +26,8 @@ from anybit.server.commands.options import (
     parse_group_size,
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
+
+_ROOM = 64  # tokens beyond context and steps, for warm-up and what is generated while others still start
 
 app = typer.Typer(
     help="Measure speed per width: of this machine alone, or of a server under load.", no_args_is_help=True
@@ -46,28 +50,42 @@ def decode(
     method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
+    shape: Annotated[
+        str | None, typer.Option(help=f"Instead of a model, one of this shape: {', '.join(MODEL_SHAPES)}.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Fill --shape with random weights; nothing is downloaded.")
+    ] = False,
     json_path: JsonOption = None,
 ) -> None:
     """Tokens per second of the decode loop, end to end without HTTP."""
     batches = parse_batches(batch)
     bit_widths = parse_bit_widths(bit_width)
-    resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
-    ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
-
-    from anybit.engine.bench.decode import bench_decode  # noqa: PLC0415 - loads torch
-
     config = EngineConfig(
-        checkpoint=str(resolved.checkpoint),
-        model_name=resolved.name,
+        checkpoint="",
+        model_name=shape or "",
         bit_widths=bit_widths,
         default_bit_width=bit_widths[0],
         lm_head_bits=lm_head_bits,
+        max_num_seqs=max(batches),
         device=device,
         threads=threads,
     )
+    _check_shape(shape, random_weights, model)
+    if shape is None:
+        resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
+        ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
+        config = replace(config, checkpoint=str(resolved.checkpoint), model_name=resolved.name)
+
+    from anybit.engine.bench.decode import bench_decode  # noqa: PLC0415 - loads torch
+    from anybit.engine.bench.random_model import random_subject  # noqa: PLC0415
+    from anybit.engine.bench.subject import loaded_subject  # noqa: PLC0415
+
+    needed = context + steps + max(batches) + _ROOM
+    subject = loaded_subject(config) if shape is None else random_subject(shape, config, needed)
     with stage_progress() as progress:
         report = bench_decode(
-            config,
+            subject,
             bit_widths,
             batches,
             context,
@@ -78,6 +96,15 @@ def decode(
     Console().print(_table(report))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1))
+
+
+def _check_shape(shape: str | None, random_weights: bool, model: str | None) -> None:
+    if (shape is not None) != random_weights:
+        raise typer.BadParameter("--shape and --random-weights go together: shapes have no weights of their own.")
+    if shape is not None and model is not None:
+        raise typer.BadParameter("Name a model or a --shape, not both.")
+    if shape is not None and shape not in MODEL_SHAPES:
+        raise typer.BadParameter(f"{shape!r} is not one of {', '.join(MODEL_SHAPES)}.")
 
 
 def _table(report: dict[str, Any]) -> Table:

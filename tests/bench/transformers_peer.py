@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from anybit.engine.bench.decode import bench_decode
+from anybit.engine.bench.subject import loaded_subject
 from anybit.engine.config import EngineConfig
 from anybit.engine.quantize.prepare import fetch_source
 from anybit.engine.weights.resolve import resolve_model
@@ -60,7 +61,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for batch in batches:
             peers[batch].append(transformers_tokens_per_second(peer, batch, options.context, options.steps))
-        report = bench_decode(config, widths, batches, options.context, options.steps, rounds=1)
+        report = bench_decode(loaded_subject(config), widths, batches, options.context, options.steps, rounds=1)
         for row in report["rows"]:
             ours[row["bit_width"], row["batch"]].append(row["tokens_per_second"])
     rows = [

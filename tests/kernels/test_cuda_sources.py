@@ -31,8 +31,30 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
 def test_the_rest_compiles(architecture):
     for group_size, value in [(128, 2), (64, 1), (32, 0)]:
         assert compile_source("activations", architecture, {"GROUP": group_size, "VALUE": value}).startswith(ELF)
+        for gate in (1, 2):
+            defines = {"GROUP": group_size, "VALUE": value, "GATE": gate}
+            assert compile_source("activations", architecture, defines).startswith(ELF)
+        for hidden, flag in [(576, 0), (4096, 1), (16384, 1)]:
+            defines = {
+                "GROUP": group_size,
+                "VALUE": value,
+                "HIDDEN": hidden,
+                "HAS_DELTA": flag,
+                "HAS_OUTPUT_NORM": flag,
+            }
+            assert compile_source("norm", architecture, defines).startswith(ELF)
+        for head_dim, page_value in [(64, 2), (256, 0)]:
+            defines = {"HEAD_DIM": head_dim, "VALUE": value, "PAGE_VALUE": page_value, "HAS_NORM": 1}
+            assert compile_source("rotate", architecture, defines).startswith(ELF)
         for bit_width in BIT_WIDTHS:
             assert compile_source("embedding", architecture, {"GROUP": group_size, "BITS": bit_width}).startswith(ELF)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("head_dim", "value", "flag"), [(64, 0, 0), (128, 2, 1), (256, 1, 1)])
+def test_attention_compiles(architecture, head_dim, value, flag):
+    defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag}
+    assert compile_source("attention", architecture, defines).startswith(ELF)
 
 
 def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anybit.engine.quantize.calibrate.block import Block, Vectors
 from anybit.engine.quantize.solve.coded import FloatPart
+from anybit.engine.quantize.solve.precision import training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 
 _COMPARED_EVERY = 2
@@ -85,7 +86,8 @@ def train_end_to_end(
 
     def run_block(index: int, hidden: Tensor) -> Tensor:
         weights = {site: part.weight() for site, part in trained[index].items()}
-        return blocks[index].block(hidden, weights, blocks[index].vectors)
+        with training_products(hidden.device):
+            return blocks[index].block(hidden, weights, blocks[index].vectors)
 
     for step in range(options.steps):
         chosen = [data.order[(step * options.batch + i) % len(data.order)] for i in range(options.batch)]
@@ -116,9 +118,11 @@ def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> tuple[
     total = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
     of_both = (torch.split(tensor, _COMPARED_TOGETHER) for tensor in (leaf, targets.flatten(0, 1)))
     for part, target in zip(*of_both, strict=True):
-        with torch.no_grad():
-            wanted = torch.softmax(head(target), -1)
-        loss: Tensor = _CrossEntropy.apply(head(part), wanted)  # type: ignore[no-untyped-call]
+        with training_products(hidden.device):
+            logits = head(part)
+            with torch.no_grad():
+                wanted = torch.softmax(head(target), -1, dtype=torch.float32)
+        loss: Tensor = _CrossEntropy.apply(logits.float(), wanted)  # type: ignore[no-untyped-call]
         share = len(part) / len(leaf)
         loss.backward(loss.new_tensor(share))  # type: ignore[no-untyped-call]
         total += loss.detach() * share

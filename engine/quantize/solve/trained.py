@@ -16,7 +16,9 @@ class TrainedPart:
 
     def __init__(self, codes: Tensor, bit_width: int, part: FloatPart) -> None:
         """codes uint8 [out, in], those of this width."""
-        self._codes = codes.view(*part.scale.shape, -1)
+        # Signed bytes become floats several times faster than unsigned ones.
+        signed = (codes.to(torch.int16) - (1 << (bit_width - 1))).to(torch.int8)
+        self._codes = signed.view(*part.scale.shape, -1)
         self._centre = ((1 << bit_width) - 1) / 2
         self._scale = part.scale
         self._middle = part.zero + self._centre * part.scale
@@ -28,7 +30,7 @@ class TrainedPart:
     def weight(self) -> Tensor:
         """float32 [out, in], differentiable with respect to `changes`."""
         scale, middle = self._current()
-        weight: Tensor = _Read.apply(self._codes, self._centre, scale, middle)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Read.apply(self._codes, scale, middle)  # type: ignore[no-untyped-call]
         return weight
 
     def part(self) -> FloatPart:
@@ -42,19 +44,18 @@ class TrainedPart:
 
 
 class _Read(torch.autograd.Function):
-    """Keeps only the codes for the backward pass: a quarter of what float levels would take."""
+    """Levels of signed codes, whose middle is −½. Keeps only the codes for the backward pass: a quarter of the levels."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, centre: float, scale: Tensor, middle: Tensor) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
         ctx.save_for_backward(codes)
-        ctx.centre = centre
-        weight = codes.to(torch.float32)
-        return weight.mul_(scale[:, :, None]).add_((middle - centre * scale)[:, :, None]).flatten(1)
+        levels = codes.to(torch.float32).mul_(scale[:, :, None])
+        return levels.add_((middle + scale / 2)[:, :, None]).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         (codes,) = ctx.saved_tensors
         grouped = gradient.view(codes.shape)
         for_middle = grouped.sum(2)
-        for_scale = (codes.to(torch.float32).mul_(grouped)).sum(2) - ctx.centre * for_middle
-        return None, None, for_scale, for_middle
+        for_scale = codes.to(torch.float32).mul_(grouped).sum(2).add_(for_middle, alpha=0.5)
+        return None, for_scale, for_middle

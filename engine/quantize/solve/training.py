@@ -8,6 +8,7 @@ from torch import Tensor
 
 from anybit.engine.quantize.calibrate.block import Block, Vectors
 from anybit.engine.quantize.solve.coded import FloatPart
+from anybit.engine.quantize.solve.precision import training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 
 
@@ -77,7 +78,9 @@ def train_block(
         weights = {site: part.weight() for site, part in parts[width].items()}
         trained = {**vectors, **_with_gains(vectors, gains)}
         tokens = slice(0, options.tokens)
-        output = block(data.inputs[width][sequences, tokens], weights, trained)
+        inputs = data.inputs[width][sequences, tokens]
+        with training_products(inputs.device):
+            output = block(inputs, weights, trained)
         return importance[width] * block_loss(output, data.targets[width][sequences, tokens])
 
     def held_out_loss() -> float:

@@ -1,0 +1,117 @@
+"""Models of well-known shapes with random weights: speed needs no download."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anybit.engine.bench.model_shapes import MODEL_SHAPES
+from anybit.engine.bench.subject import DecodeSubject
+from anybit.engine.config import EngineConfig
+from anybit.engine.core import EngineCore
+from anybit.engine.layers.embedding import NestedVocabulary
+from anybit.engine.layers.linear import NestedLinear
+from anybit.engine.machine import describe_device, keep_freed_memory, physical_cores, resolve_device, use_threads
+from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.decoder import build_decoder
+from anybit.engine.runner import Runner
+from anybit.engine.scheduler import Scheduler, SchedulerConfig
+from anybit.engine.weight_traffic import WeightTraffic
+from anybit.kernels import dispatch, layout
+from anybit.kernels.nested import Affine, NestedWeight
+from anybit.kvcache.pool import KVPool
+from anybit.kvcache.spec import KVSpec
+
+_GROUP_SIZE = 128
+
+
+class RandomLoader:
+    """Gives a decoder random nested weights that keep activations near 1, and counts what a pass reads."""
+
+    def __init__(
+        self, config: DecoderConfig, bit_widths: Sequence[int], lm_head_bits: int, device: torch.device
+    ) -> None:
+        self._rows = {
+            "q_proj": config.num_heads * config.head_dim,
+            "k_proj": config.num_kv_heads * config.head_dim,
+            "v_proj": config.num_kv_heads * config.head_dim,
+            "o_proj": config.hidden_size,
+            "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size,
+            "down_proj": config.hidden_size,
+        }
+        self._columns = {
+            "o_proj": config.num_heads * config.head_dim,
+            "down_proj": config.intermediate_size,
+        }
+        self._config = config
+        self._bit_widths = tuple(bit_widths)
+        self._lm_head_bits = lm_head_bits
+        self._device = device
+        self.linear_bytes: Counter[int] = Counter()
+        self.head_bytes = 0
+
+    def linear(self, prefixes: Sequence[str], bias: bool) -> NestedLinear:
+        names = [prefix.rsplit(".", 1)[-1] for prefix in prefixes]
+        rows, columns = sum(self._rows[name] for name in names), self._columns.get(names[0], self._config.hidden_size)
+        weight = random_weight(rows, columns, self._bit_widths, self._device)
+        for width in self._bit_widths:
+            self.linear_bytes[width] += weight.bytes_read(width)
+        return NestedLinear(dispatch.prepare(weight), torch.zeros(rows, device=self._device) if bias else None)
+
+    def vocabulary(self, prefix: str) -> NestedVocabulary:
+        del prefix
+        config = self._config
+        weight = random_weight(config.vocab_size, config.hidden_size, (self._lm_head_bits,), self._device)
+        self.head_bytes = weight.bytes_read(self._lm_head_bits)
+        return NestedVocabulary(dispatch.prepare(weight), self._lm_head_bits)
+
+    def vector(self, name: str) -> Tensor:
+        size = self._config.head_dim if name.endswith(("q_norm.weight", "k_norm.weight")) else self._config.hidden_size
+        return torch.ones(size, device=self._device)
+
+
+def random_weight(rows: int, columns: int, bit_widths: Sequence[int], device: torch.device) -> NestedWeight:
+    """A nested weight whose products keep the size of their inputs, at every width."""
+    weight = NestedWeight.allocate(rows, columns, _GROUP_SIZE, bit_widths, torch.float16, device)
+    for chunk in weight.chunks.values():
+        chunk.random_(0, 256)
+    affine: dict[int, Affine] = {}
+    for width, part in weight.affine.items():
+        step = (12 / columns) ** 0.5 / (1 << width)
+        # Above 4 bits the zero stands for the middle of both nibbles.
+        middle = ((1 << width) - 1) / 2 * step
+        affine[width] = Affine(part.scale.fill_(step), part.zero.fill_(-middle))
+    return NestedWeight(weight.out_features, weight.in_features, weight.group_size, weight.chunks, affine)
+
+
+def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubject:
+    """A core of that shape with random weights, with room for `max_num_seqs` sequences of `context` tokens."""
+    keep_freed_memory()
+    device = resolve_device(config.device)
+    use_threads(config.threads or physical_cores(), device)
+    model = MODEL_SHAPES[shape]
+    bit_widths = config.bit_widths or layout.BIT_WIDTHS
+    loader = RandomLoader(model, bit_widths, config.lm_head_bits, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    decoder = build_decoder(model, loader, context, dtype, device)
+    spec = KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, config.kv_format)
+    num_pages = (config.max_num_seqs + 1) * spec.pages_for(context)
+    core = EngineCore(
+        Runner(decoder, KVPool(spec, num_pages, device)),
+        Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.max_step_tokens, None)),
+        spec.page_bytes,
+        context,
+        WeightTraffic(loader.linear_bytes, loader.head_bytes),
+    )
+    return DecodeSubject(
+        core=core,
+        name=f"{shape}, random weights",
+        device=device,
+        device_name=describe_device(device),
+        vocab_size=model.vocab_size,
+        kv_format=spec.format,
+        kv_bytes_per_token=spec.bytes_per_token,
+        weight_bytes={width: loader.linear_bytes[width] + loader.head_bytes for width in bit_widths},
+    )

@@ -1,0 +1,185 @@
+"""The decoder's layers on an NVIDIA GPU, with what lies between two products in one launch each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anybit.engine.batch import BatchPlan
+from anybit.engine.layers.linear import Linear, NestedLinear
+from anybit.engine.layers.norm import RMSNorm
+from anybit.engine.layers.rotary import RotaryEmbedding
+from anybit.engine.models.config import DecoderConfig
+from anybit.kernels import dispatch, fallbacks
+from anybit.kernels.cuda.activations import (
+    Activations,
+    Addition,
+    add_norm_quantize,
+    add_residual,
+    quantize_activations,
+)
+from anybit.kernels.cuda.fragments import FragmentWeight
+from anybit.kernels.cuda.linear import multiply
+from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
+from anybit.kernels.dispatch import WidthSegment
+from anybit.kvcache.pool import KVPool
+
+if TYPE_CHECKING:
+    from anybit.engine.models.decoder import DecoderLayer
+
+_HEAD_DIM_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    weight: FragmentWeight
+    bias: Tensor | None
+
+    def __call__(self, inputs: Activations, bit_width: int, y: Tensor) -> None:
+        multiply(inputs, self.weight, bit_width, self.bias, y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: RMSNorm
+    mlp_norm: RMSNorm
+    attention_output_gain: Tensor | None
+    mlp_output_gain: Tensor | None
+    head_norms: HeadNorms | None
+    rotary: RotaryEmbedding
+    qkv: _Product
+    output: _Product
+    gate_up: _Product
+    down: _Product
+    window: int | None
+
+
+class CudaLayers:
+    """Runs all layers; the residual stream stays float32, what passes between kernels has the decoder's dtype."""
+
+    def __init__(self, config: DecoderConfig, layers: Sequence[_Layer], dtype: torch.dtype) -> None:
+        self._config = config
+        self._layers = layers
+        self._dtype = dtype
+
+    def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
+        """float32 [rows, hidden] -> the same tensor, after all layers."""
+        addition: Addition | None = None
+        places = RowPlaces(plan.positions, plan.page_ids, plan.page_offsets)
+        for index, layer in enumerate(self._layers):
+            qkv = self._normed(hidden, addition, layer.attention_norm, layer.qkv, plan.segments)
+            attended = self._attend(index, layer, qkv, places, plan, pool)
+            output = self._quantized(attended, None, layer.output, plan.segments)
+            addition = Addition(output, layer.attention_output_gain)
+            gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, plan.segments)
+            down = self._quantized(gate_up, self._config.activation, layer.down, plan.segments)
+            addition = Addition(down, layer.mlp_output_gain)
+        if addition is not None:
+            add_residual(hidden, addition, self._config.rms_norm_eps)
+        return hidden
+
+    def _normed(
+        self,
+        hidden: Tensor,
+        addition: Addition | None,
+        norm: RMSNorm,
+        product: _Product,
+        segments: Sequence[WidthSegment],
+    ) -> Tensor:
+        """hidden += addition; the product of its norm: [rows, out]."""
+        y = self._empty(hidden.shape[0], product.weight.out_features, hidden.device)
+        for width, start, stop in segments:
+            part = None if addition is None else Addition(addition.values[start:stop], addition.gain)
+            inputs = add_norm_quantize(
+                hidden[start:stop], part, norm.weight, norm.eps, product.weight.group_size, self._dtype
+            )
+            product(inputs, width, y[start:stop])
+        return y
+
+    def _quantized(self, x: Tensor, gate: str | None, product: _Product, segments: Sequence[WidthSegment]) -> Tensor:
+        """The product of x, gated or as it is: [rows, out]."""
+        y = self._empty(x.shape[0], product.weight.out_features, x.device)
+        for width, start, stop in segments:
+            product(quantize_activations(x[start:stop], product.weight.group_size, gate), width, y[start:stop])
+        return y
+
+    def _attend(
+        self, index: int, layer: _Layer, qkv: Tensor, places: RowPlaces, plan: BatchPlan, pool: KVPool
+    ) -> Tensor:
+        config = self._config
+        keys, values, rows = pool.keys(index), pool.values(index), qkv.shape[0]
+        rotary = layer.rotary
+        q = rotate_and_store(
+            qkv.view(rows, -1, config.head_dim), places, rotary.cosines, rotary.sines, keys, values, layer.head_norms
+        )
+        attended = None
+        for group in plan.attention_groups:
+            whole = group.row_ids.numel() == rows  # then they are the rows, in order
+            part = dispatch.paged_attention(
+                q.view(*group.row_ids.shape, *q.shape[1:]) if whole else q[group.row_ids],
+                keys,
+                values,
+                group.block_tables,
+                group.positions,
+                config.attention_scale,
+                window=layer.window,
+                softcap=config.attention_softcap,
+            )
+            if whole:
+                return part.view(rows, -1)
+            attended = torch.empty_like(q) if attended is None else attended
+            attended[group.row_ids] = part
+        if attended is None:
+            raise ValueError("The plan has no rows.")
+        return attended.view(rows, -1)
+
+    def _empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        return torch.empty(rows, columns, dtype=self._dtype, device=device)
+
+
+def cuda_layers(config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype) -> CudaLayers | None:
+    """None where a weight is not in fragment order or heads have no kernel."""
+    described = [_describe(config, index, layer) for index, layer in enumerate(layers)]
+    if any(layer is None for layer in described):
+        return None
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
+        fallbacks.record(
+            "cuda_layers", f"there is no kernel for heads of {config.head_dim}, so operations run one by one"
+        )
+        return None
+    return CudaLayers(config, [layer for layer in described if layer is not None], dtype)
+
+
+def _describe(config: DecoderConfig, index: int, layer: "DecoderLayer") -> _Layer | None:
+    attention, mlp = layer.attention, layer.mlp
+    qkv, output, gate_up, down = map(_product, (attention.qkv, attention.output, mlp.gate_up, mlp.down))
+    if qkv is None or output is None or gate_up is None or down is None:
+        return None
+    query_norm, key_norm = attention.query_norm, attention.key_norm
+    return _Layer(
+        attention_norm=layer.attention_norm,
+        mlp_norm=layer.mlp_norm,
+        attention_output_gain=_gain(layer.attention_output_norm),
+        mlp_output_gain=_gain(layer.mlp_output_norm),
+        head_norms=None
+        if query_norm is None or key_norm is None
+        else HeadNorms(query_norm.weight, key_norm.weight, query_norm.eps),
+        rotary=attention.rotary,
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
+        window=config.layers[index].sliding_window,
+    )
+
+
+def _gain(norm: RMSNorm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+def _product(linear: Linear) -> _Product | None:
+    if isinstance(linear, NestedLinear) and isinstance(linear.weight, FragmentWeight):
+        return _Product(linear.weight, linear.bias)
+    return None

@@ -1,0 +1,64 @@
+// Activations as fixed point numbers in the order of B fragments: x = step * (128 * d1 + d0), one step per (token, group).
+//
+// digits: [n-tiles][column tiles][2][32 lanes] uint4, of which a lane's first half is one step, its second half the next.
+// scales: [groups][slots] (step, step * sum of q), slots being tokens padded to whole n-tiles.
+#pragma once
+#include "nested.cuh"
+
+namespace nested {
+
+constexpr float kLargest = 127 * 128 + 63;
+constexpr float kSmallestStep = 1.17549435e-38f;
+
+// A warp's 128 columns of one slot, a lane's four neighbours in `value`; not-a-number for a group that is not finite.
+__device__ inline void store_digits(const float (&value)[4], int slot, int tile, int tiles, int slots, u32* digits, float2* scales) {
+    const int lane = threadIdx.x & 31;
+    float largest = 0.f;
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        largest = fmaxf(largest, fabsf(value[i]));
+        finite = finite && isfinite(value[i]);
+    }
+#pragma unroll
+    for (int distance = GROUP / 8; distance > 0; distance /= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+        finite = __shfl_xor_sync(~0u, (int)finite, distance) && finite;
+    }
+    const float step = finite ? fmaxf(largest / kLargest, kSmallestStep) : __int_as_float(0x7fffffff);
+
+    u32 high = 0, low = 0;
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int q = finite ? __float2int_rn(__fdiv_rn(value[i], step)) : 0;
+        const int d1 = (q + 64) >> 7, d0 = q - 128 * d1;
+        high |= (u32)(u8)d1 << (8 * i);
+        low |= (u32)(u8)d0 << (8 * i);
+        sum += q;
+    }
+#pragma unroll
+    for (int distance = GROUP / 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+
+    const int in_tile = slot % kTokens, in_step = lane / 8, half = lane % 8 / 4, quad = lane % 4;
+    u32* out = digits + ((((size_t)(slot / kTokens) * tiles + tile) * 2 + in_step / 2) * 32) * 4 + in_step % 2 * 2 + half;
+    out[((in_tile * 2 + 0) * 4 + quad) * 4] = high;
+    out[((in_tile * 2 + 1) * 4 + quad) * 4] = low;
+    if (lane % (GROUP / 4) == 0)
+        scales[(size_t)(tile * kGroups + lane / (GROUP / 4)) * slots + slot] = make_float2(step, step * sum);
+}
+
+// Four neighbours at a multiple of four, as floats.
+__device__ inline void load_four(const float* from, float (&value)[4]) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
+}
+template <class Half>
+__device__ inline void load_four(const Half* from, float (&value)[4]) {
+    const uint2 four = *reinterpret_cast<const uint2*>(from);
+    const Half* halves = reinterpret_cast<const Half*>(&four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = (float)halves[i];
+}
+
+}  // namespace nested

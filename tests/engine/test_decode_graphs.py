@@ -1,0 +1,83 @@
+"""Captured decode steps: what they compute, for whom, and how they are padded."""
+
+import json
+
+import pytest
+import torch
+
+from anybit.engine.batch import Chunk
+from anybit.engine.bench.random_model import random_weight
+from anybit.engine.decode_graphs import DecodeGraphs, StepShape, padded_pages, padded_rows
+from anybit.engine.quantize.run import QuantizeOptions, quantize
+from anybit.engine.sequence import Sequence
+from anybit.engine.weights.checkpoint import CheckpointReader
+from anybit.engine.weights.huggingface_source import HuggingFaceSource
+from anybit.engine.weights.loader import NestedLoader
+from anybit.kernels import fallbacks, reference
+from anybit.kernels.layout import BIT_WIDTHS
+from tests.fixtures.engine import make_core, make_request, run
+from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
+
+
+def test_rows_and_pages_are_padded_to_few_sizes():
+    assert [padded_rows(count) for count in (1, 2, 3, 4, 5, 9, 16, 17, 33, 64)] == [1, 2, 4, 4, 8, 16, 16, 32, 48, 64]
+    assert [padded_pages(count) for count in (1, 8, 9, 32, 33, 128, 129)] == [8, 8, 32, 32, 128, 128, 512]
+    assert {padded_rows(count) for count in range(1, 257)} == {1, 2, 4, 8, *range(16, 257, 16)}
+
+
+def test_segments_of_a_shape_follow_each_other():
+    shape = StepShape(((2, 4), (8, 1)), 8)
+    assert shape.segments == ((2, 0, 4), (8, 4, 5))
+    assert shape.num_rows == 5
+
+
+def test_only_steps_of_one_token_a_sequence_are_covered():
+    def sequence(computed, **sampling):
+        request = make_request("a", [5, 6, 7], **sampling)
+        result = Sequence(request, arrived_at=0.0)
+        result.num_computed = computed
+        return result
+
+    graphs = DecodeGraphs.__new__(DecodeGraphs)
+    assert graphs.covers([Chunk(sequence(2), 1)])
+    assert not graphs.covers([Chunk(sequence(1), 2)])
+    assert not graphs.covers([Chunk(sequence(1), 1)])  # a piece of a prompt
+    assert not graphs.covers([Chunk(sequence(1), 1), Chunk(sequence(2), 1)])
+    assert graphs.covers([Chunk(sequence(2, num_prompt_logprobs=0), 1)])
+    assert not graphs.covers([Chunk(sequence(0, num_prompt_logprobs=0), 1)])
+    assert not graphs.covers([Chunk(sequence(2), 1)] * 257)
+
+
+@pytest.fixture(scope="module")
+def tiny_gpu_decoder(tmp_path_factory):
+    model = tiny_llama(hidden_size=192, intermediate_size=320, head_dim=64)
+    source = HuggingFaceSource(save_llama(model, tmp_path_factory.mktemp("source")))
+    directory = tmp_path_factory.mktemp("checkpoint")
+    quantize(source, directory, QuantizeOptions(method="rtn"))
+    config = json.loads((directory / "config.json").read_text())
+    return decoder_of(config, NestedLoader(CheckpointReader(directory), BIT_WIDTHS, 8, "cuda"), "cuda")
+
+
+@pytest.mark.gpu
+def test_greedy_texts_alone_and_in_a_mixed_batch_are_equal_and_eager_steps_agree(tiny_gpu_decoder):
+    generator = torch.Generator().manual_seed(3)
+    requests = [
+        make_request(str(index), torch.randint(4, 500, (length,), generator=generator).tolist(), 24, width)
+        for index, (width, length) in enumerate([(4, 30), (2, 100), (8, 7), (4, 63), (3, 64), (6, 1), (2, 5)])
+    ]
+    before = fallbacks.snapshot()
+    together = run(make_core(tiny_gpu_decoder), requests)
+    for request in requests:
+        assert run(make_core(tiny_gpu_decoder), [request]) == {request.request_id: together[request.request_id]}
+    assert fallbacks.snapshot() == before
+    eager = make_core(tiny_gpu_decoder)
+    eager._runner._graphs = None
+    assert run(eager, requests) == together
+
+
+def test_random_weights_keep_the_size_of_activations():
+    weight = random_weight(256, 1024, (2, 3, 4, 6, 8), torch.device("cpu"))
+    for width in (2, 3, 4, 6, 8):
+        levels = reference.dequantize(weight, width)
+        assert 0.5 < levels.std() * 1024**0.5 < 1.6
+        assert levels.mean().abs() < 0.1 * levels.std()
