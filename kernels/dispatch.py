@@ -14,8 +14,10 @@ from anybit.kernels.cpu import choose_codes as cpu_codes
 from anybit.kernels.cpu import packed as cpu
 from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.packed import PackedWeight
+from anybit.kernels.cuda import activations as cuda_activations
 from anybit.kernels.cuda import attention as cuda_attention
 from anybit.kernels.cuda import fragments
+from anybit.kernels.cuda import greedy as cuda_greedy
 from anybit.kernels.cuda import linear as cuda
 from anybit.kernels.cuda.fragments import FragmentWeight
 from anybit.kernels.nested import NestedWeight
@@ -104,6 +106,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in x's dtype (arXiv 1910.07467, eq. 4)."""
     if cpu.can_normalise(x):
         return cpu.rms_norm(x, weight, eps)
+    if cuda_activations.can_normalise(x):
+        return cuda_activations.rms_norm(x, weight, eps)
     return portable_norm.rms_norm(x, weight, eps)
 
 
@@ -111,6 +115,8 @@ def greedy(logits: Tensor) -> Tensor:
     """Per row the index of the largest logit, or −1 where one is not finite: float32 [rows, vocab] -> int64 [rows]."""
     if logits.device.type == "cpu" and is_native():
         return cpu.greedy(logits)
+    if cuda_greedy.can_choose(logits):
+        return cuda_greedy.greedy(logits)
     return portable_greedy.greedy(logits)
 
 

@@ -20,6 +20,7 @@ from anybit.kernels.cuda.activations import (
     add_residual,
     quantize_activations,
 )
+from anybit.kernels.cuda.attention import attend_splits, can_attend
 from anybit.kernels.cuda.fragments import FragmentWeight
 from anybit.kernels.cuda.linear import multiply
 from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
@@ -70,8 +71,17 @@ class CudaLayers:
         places = RowPlaces(plan.positions, plan.page_ids, plan.page_offsets)
         for index, layer in enumerate(self._layers):
             qkv = self._normed(hidden, addition, layer.attention_norm, layer.qkv, plan.segments)
-            attended = self._attend(index, layer, qkv, places, plan, pool)
-            output = self._quantized(attended, None, layer.output, plan.segments)
+            keys, values = pool.keys(index), pool.values(index)
+            q = rotate_and_store(
+                qkv.view(len(hidden), -1, self._config.head_dim),
+                places,
+                layer.rotary.cosines,
+                layer.rotary.sines,
+                keys,
+                values,
+                layer.head_norms,
+            )
+            output = self._attended(q, keys, values, layer, plan)
             addition = Addition(output, layer.attention_output_gain)
             gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, plan.segments)
             down = self._quantized(gate_up, self._config.activation, layer.down, plan.segments)
@@ -105,35 +115,40 @@ class CudaLayers:
             product(quantize_activations(x[start:stop], product.weight.group_size, gate), width, y[start:stop])
         return y
 
-    def _attend(
-        self, index: int, layer: _Layer, qkv: Tensor, places: RowPlaces, plan: BatchPlan, pool: KVPool
-    ) -> Tensor:
-        config = self._config
-        keys, values, rows = pool.keys(index), pool.values(index), qkv.shape[0]
-        rotary = layer.rotary
-        q = rotate_and_store(
-            qkv.view(rows, -1, config.head_dim), places, rotary.cosines, rotary.sines, keys, values, layer.head_norms
-        )
-        attended = None
-        for group in plan.attention_groups:
-            whole = group.row_ids.numel() == rows  # then they are the rows, in order
-            part = dispatch.paged_attention(
-                q.view(*group.row_ids.shape, *q.shape[1:]) if whole else q[group.row_ids],
+    def _attended(self, q: Tensor, keys: Tensor, values: Tensor, layer: _Layer, plan: BatchPlan) -> Tensor:
+        """The output projection of attention: [rows, hidden]."""
+        rows = len(q)
+        scale, softcap = self._config.attention_scale, self._config.attention_softcap
+        group = plan.attention_groups[0]
+        if group.row_ids.shape == (rows, 1) and can_attend(q, keys):
+            # One token of each sequence, in the order of the rows: the merge of splits gives fixed point numbers at once.
+            splits = attend_splits(
+                q[:, None],
                 keys,
                 values,
                 group.block_tables,
                 group.positions,
-                config.attention_scale,
-                window=layer.window,
-                softcap=config.attention_softcap,
+                scale,
+                layer.window,
+                softcap,
             )
-            if whole:
-                return part.view(rows, -1)
-            attended = torch.empty_like(q) if attended is None else attended
-            attended[group.row_ids] = part
-        if attended is None:
-            raise ValueError("The plan has no rows.")
-        return attended.view(rows, -1)
+            y = self._empty(rows, layer.output.weight.out_features, q.device)
+            for width, start, stop in plan.segments:
+                layer.output(splits.quantized(start, stop, layer.output.weight.group_size), width, y[start:stop])
+            return y
+        attended = torch.empty_like(q)
+        for group in plan.attention_groups:
+            attended[group.row_ids] = dispatch.paged_attention(
+                q[group.row_ids],
+                keys,
+                values,
+                group.block_tables,
+                group.positions,
+                scale,
+                layer.window,
+                softcap,
+            )
+        return self._quantized(attended.view(rows, -1), None, layer.output, plan.segments)
 
     def _empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.empty(rows, columns, dtype=self._dtype, device=device)

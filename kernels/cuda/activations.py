@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.driver import Argument, defined, integers, load_kernel, pointers
+from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, pointers
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
 from anybit.kernels.cuda.values import VALUES
 
@@ -100,6 +100,22 @@ def add_residual(hidden: Tensor, addition: Addition, eps: float) -> None:
     constants = _norm_constants(columns, addition, TILE_COLUMNS, addition.values.dtype)
     arguments: list[Argument] = [*_pointers(hidden, addition), ctypes.c_float(eps)]
     load_kernel("norm", "add_residual", constants).launch((tokens, 1, 1), _norm_threads(columns), arguments)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · gain over the last dimension, a multiple of 4, in x's dtype."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    columns = x.shape[-1]
+    constants = _norm_constants(columns, None, TILE_COLUMNS, x.dtype)
+    arguments: list[Argument] = [*pointers(x, gain, out), ctypes.c_float(eps)]
+    load_kernel("norm", "norm_rows", constants).launch((x.numel() // columns, 1, 1), _norm_threads(columns), arguments)
+    return out
+
+
+def can_normalise(x: Tensor) -> bool:
+    """Whether `rms_norm` knows this type and size."""
+    return x.is_cuda and x.dtype in VALUES and x.shape[-1] % 4 == 0 and x.numel() > 0 and can_launch(x.device)
 
 
 def _pointers(hidden: Tensor, addition: Addition | None) -> list[ctypes.c_void_p]:

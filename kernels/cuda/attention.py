@@ -1,26 +1,31 @@
 """Paged attention on an NVIDIA GPU, over bfloat16 keys and values."""
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.driver import Argument, can_launch, defined, load_kernel
+from anybit.kernels.cuda.activations import Activations
+from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes, pointers
+from anybit.kernels.cuda.fragments import TILE_COLUMNS
 from anybit.kernels.cuda.values import VALUES
 
-_SPLIT = 128  # keys; as in source/attention.cu, like the numbers below
-_PAGE = 64
+_PAGE = 64  # keys; as in source/attention.cu, like the numbers below
+_SPLIT_PAGES = 4
 _ROWS = 16
 _WARPS = 4
 _BLOCK = 64  # dimensions
 _MAX_HEAD_DIM = 256
+_MERGED_TOGETHER = 4  # sequences of a block
 
 
 class _Problem(ctypes.Structure):
     """`Problem` of source/attention.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "tables", "positions", "out", "partial", "norm")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "tables", "positions")),
+        *((name, ctypes.c_void_p) for name in ("out", "partial", "partial_norm")),
         *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "table_pages", "window")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
@@ -36,6 +41,7 @@ def can_attend(q: Tensor, k_pages: Tensor) -> bool:
         and head_dim % _BLOCK == 0
         and head_dim <= _MAX_HEAD_DIM
         and can_launch(q.device)
+        and _rows_shared_bytes(head_dim) <= max_shared_bytes(q.device)
     )
 
 
@@ -49,43 +55,132 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `portable.attention.paged_attention`, for what `can_attend` admits.
-
-    Allocates and waits for nothing but its result and, for one token a sequence, the partial results of table_pages / 2
-    splits: it can be captured, and replayed for any positions that the tables have room for.
-    """
+    """As `portable.attention.paged_attention`, for what `can_attend` admits."""
     sequences, tokens, heads, head_dim = q.shape
-    kv_heads, table_pages = k_pages.shape[1], block_tables.shape[1]
     q, block_tables, positions = q.contiguous(), block_tables.contiguous(), positions.contiguous()
+    if tokens == 1:
+        return attend_splits(q, k_pages, v_pages, block_tables, positions, scale, window, softcap).merged()
     out = torch.empty_like(q)
-    splits = -(-table_pages * _PAGE // _SPLIT)
-    partial = torch.empty(sequences, heads, splits, head_dim + 2, device=q.device) if tokens == 1 else None
-    flags = {"HAS_WINDOW": int(window is not None), "HAS_SOFTCAP": int(softcap is not None)}
-    constants = defined(HEAD_DIM=head_dim, VALUE=VALUES[q.dtype], **flags)
-    sums, norms = _halves(partial, head_dim)
-    problem = _Problem(
-        *(tensor.data_ptr() for tensor in (q, k_pages, v_pages, block_tables, positions, out)),
-        *(sums, norms),
-        *(tokens, heads, kv_heads, table_pages, window or 0),
-        *(scale, softcap or 0.0),
-    )
-    row_tiles = -(-tokens * (heads // kv_heads) // _ROWS)
-    if partial is None:
-        shared_bytes = _WARPS * _ROWS * head_dim * 4
-        kernel = load_kernel("attention", "attend_rows", constants, shared_bytes)
-        kernel.launch((-(-row_tiles // _WARPS), kv_heads, sequences), 32 * _WARPS, [problem], shared_bytes)
-        return out
-    arguments: list[Argument] = [problem, ctypes.c_int(splits)]
-    load_kernel("attention", "attend_splits", constants).launch(
-        (-(-splits // _WARPS), kv_heads * row_tiles, sequences), 32 * _WARPS, arguments
-    )
-    load_kernel("attention", "merge_splits", constants).launch((heads, sequences, 1), head_dim, arguments)
+    problem = _problem(q, k_pages, v_pages, block_tables, positions, scale, window, softcap)
+    problem.out = out.data_ptr()
+    row_tiles = -(-tokens * (heads // k_pages.shape[1]) // _ROWS)
+    shared_bytes = _rows_shared_bytes(head_dim)
+    constants = _constants(q, window, softcap)
+    kernel = load_kernel("attention", "attend_rows", defined(**constants), shared_bytes)
+    grid = (-(-row_tiles // _WARPS), k_pages.shape[1], sequences)
+    kernel.launch(grid, 32 * _WARPS, [problem], shared_bytes)
     return out
 
 
-def _halves(partial: Tensor | None, head_dim: int) -> tuple[int, int]:
-    """Addresses of the partial sums and of the two numbers of each that follow all of them."""
-    if partial is None:
-        return 0, 0
-    rows = partial.numel() // (head_dim + 2)
-    return partial.data_ptr(), partial.data_ptr() + 4 * rows * head_dim
+@dataclass(frozen=True, slots=True)
+class SplitAttention:
+    """What one token of each sequence has attended to, split by split of its keys; `merged` puts it together."""
+
+    q: Tensor  # [sequences, 1, heads, head_dim]
+    problem: _Problem
+    constants: dict[str, int]
+    splits: int
+    kept: tuple[Tensor, ...]  # what `problem` points to
+
+    def merged(self) -> Tensor:
+        """[sequences, 1, heads, head_dim] in q's dtype."""
+        out = torch.empty_like(self.q)
+        self.problem.out = out.data_ptr()
+        sequences = self.q.shape[0]
+        kernel = load_kernel("attention", "merge_rows", defined(**self.constants))
+        grid = (-(-self.q[0].numel() // TILE_COLUMNS), -(-sequences // _MERGED_TOGETHER), 1)
+        kernel.launch(grid, 32 * _MERGED_TOGETHER, [self.problem, *integers(self.splits, sequences)])
+        return out
+
+    def quantized(self, start: int, stop: int, group_size: int) -> Activations:
+        """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as fixed point numbers."""
+        activations = Activations.allocate(stop - start, self.q[0].numel(), group_size, self.q.device)
+        kernel = load_kernel("attention", "merge_quantize", defined(**self.constants, GROUP=group_size))
+        arguments: list[Argument] = [
+            self.problem,
+            *integers(self.splits, start, stop - start),
+            *pointers(activations.digits, activations.scales),
+            *integers(activations.slots),
+        ]
+        token_tiles, column_tiles, _ = activations.digits.shape
+        kernel.launch((column_tiles, token_tiles, 1), 32 * _MERGED_TOGETHER, arguments)
+        return activations
+
+
+def attend_splits(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> SplitAttention:
+    """`paged_attention` of one token a sequence, up to the merge; all tensors contiguous.
+
+    Waits for nothing and allocates by the width of the tables alone: it can be captured, and replayed for any positions
+    that the tables have room for.
+    """
+    sequences, _, heads, head_dim = q.shape
+    kv_heads = k_pages.shape[1]
+    splits = -(-block_tables.shape[1] // _SPLIT_PAGES)
+    sums = torch.empty(sequences, heads, splits, head_dim, device=q.device)
+    norms = torch.empty(sequences, heads, splits, 2, device=q.device)
+    problem = _problem(q, k_pages, v_pages, block_tables, positions, scale, window, softcap)
+    problem.partial, problem.partial_norm = sums.data_ptr(), norms.data_ptr()
+    # Pages are copied to shared memory, all of them at once, where it has room for them.
+    staged_bytes = _SPLIT_PAGES * 2 * _PAGE * head_dim * k_pages.element_size()
+    staged = staged_bytes <= max_shared_bytes(q.device)
+    shared_bytes = staged_bytes if staged else _SPLIT_PAGES * _ROWS * head_dim * 4
+    constants = {**_constants(q, window, softcap), "STAGED": int(staged)}
+    row_tiles = -(-(heads // kv_heads) // _ROWS)
+    kernel = load_kernel("attention", "attend_splits", defined(**constants), shared_bytes)
+    grid = (splits, kv_heads * row_tiles, sequences)
+    kernel.launch(grid, 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
+    return SplitAttention(q, problem, constants, splits, (positions, sums, norms))
+
+
+def _rows_shared_bytes(head_dim: int) -> int:
+    return 2 * _WARPS * _ROWS * head_dim * 4
+
+
+def _problem(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> _Problem:
+    _, tokens, heads, _ = q.shape
+    return _Problem(
+        **{
+            name: tensor.data_ptr()
+            for name, tensor in [
+                ("q", q),
+                ("keys", k_pages),
+                ("values", v_pages),
+                ("tables", block_tables),
+                ("positions", positions),
+            ]
+        },
+        tokens=tokens,
+        heads=heads,
+        kv_heads=k_pages.shape[1],
+        table_pages=block_tables.shape[1],
+        window=window or 0,
+        scale=scale,
+        softcap=softcap or 0.0,
+    )
+
+
+def _constants(q: Tensor, window: int | None, softcap: float | None) -> dict[str, int]:
+    return {
+        "HEAD_DIM": q.shape[-1],
+        "VALUE": VALUES[q.dtype],
+        "HAS_WINDOW": int(window is not None),
+        "HAS_SOFTCAP": int(softcap is not None),
+    }

@@ -75,6 +75,12 @@ def can_launch(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _AMPERE and can_compile()
 
 
+@functools.cache
+def max_shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may ask for."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
     """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
     return _load(torch.cuda.current_device(), source, function, defines, shared_bytes)

@@ -17,6 +17,7 @@ from anybit.kernels.nested import NestedWeight
 ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
 _EMBEDDING_THREADS = 256
+_FETCHED_BYTES = 12 << 20  # of a weight: as much as memory sends during the kernels between two products
 
 
 class _Weight(ctypes.Structure):
@@ -68,10 +69,18 @@ def multiply(
         _describe(weight, bit_width),
         *pointers(activations.digits, activations.scales, bias, y),
         *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
+        *integers(fetched_tiles(weight, bit_width, tiling)),
     ]
     passes = activations.digits.shape[0] // token_tiles
     blocks = -(-weight.row_tiles // (tiling.row_warps * tiling.row_tiles))
     kernel.launch((tiling.cluster, passes, blocks), tiling.threads, arguments, shared_bytes)
+
+
+def fetched_tiles(weight: FragmentWeight, bit_width: int, tiling: Tiling) -> int:
+    """Tiles of columns that each warp fetches into the cache before its inputs are there."""
+    of_warp = weight.column_tiles // (tiling.cluster * tiling.column_warps)
+    code_bytes = weight.out_features * weight.in_features * bit_width // 8
+    return min(of_warp, of_warp * _FETCHED_BYTES // code_bytes)
 
 
 def product_constants(

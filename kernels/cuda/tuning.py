@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_ROWS
 
 _FEW_ROWS = 8192
+_SIMILAR = 2.5  # factors of two between shapes, at most
 _SUMS_BYTES = 64 * 4  # of one row tile times one n-tile
 
 
@@ -39,12 +41,23 @@ class Tiling:
 
 @functools.cache
 def choose_tiling(out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling:
-    """The measured best, else one that keeps all multiprocessors busy."""
-    key = f"{out_features}x{in_features}/{bit_width}/{token_tiles}"
-    found = all_tuned().get(torch.cuda.get_device_name(), {}).get(key)
-    if found is None:
-        return default_tiling(out_features, in_features, bit_width, token_tiles)
-    return Tiling(**found, segments=num_segments(out_features, in_features))
+    """The best that was measured for this shape or for one like it, else one that keeps all multiprocessors busy."""
+    found = nearest_tuned(torch.cuda.get_device_name(), out_features, in_features, bit_width, token_tiles)
+    return found or default_tiling(out_features, in_features, bit_width, token_tiles)
+
+
+def nearest_tuned(device: str, out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling | None:
+    """The tiling of the nearest measured shape with the same segments, of a size within a factor; None if there is none."""
+    segments, nearest, found = num_segments(out_features, in_features), _SIMILAR, None
+    for key, fields in all_tuned().get(device, {}).items():
+        shape, width, tiles = key.split("/")
+        rows, columns = map(int, shape.split("x"))
+        if (int(width), int(tiles)) != (bit_width, token_tiles) or num_segments(rows, columns) != segments:
+            continue
+        distance = abs(math.log2(rows / out_features)) + abs(math.log2(columns / in_features))
+        if distance < nearest:
+            nearest, found = distance, Tiling(**fields, segments=segments)
+    return found
 
 
 def default_tiling(out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling:

@@ -29,6 +29,7 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rest_compiles(architecture):
+    assert compile_source("greedy", architecture, {}).startswith(ELF)
     for group_size, value in [(128, 2), (64, 1), (32, 0)]:
         assert compile_source("activations", architecture, {"GROUP": group_size, "VALUE": value}).startswith(ELF)
         for gate in (1, 2):
@@ -53,7 +54,7 @@ def test_the_rest_compiles(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("head_dim", "value", "flag"), [(64, 0, 0), (128, 2, 1), (256, 1, 1)])
 def test_attention_compiles(architecture, head_dim, value, flag):
-    defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag}
+    defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag, "STAGED": 1 - flag}
     assert compile_source("attention", architecture, defines).startswith(ELF)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anybit.kernels import layout
-from anybit.kernels.cuda.tuning import Tiling, all_tuned, default_tiling, num_segments
+from anybit.kernels.cuda.tuning import Tiling, all_tuned, default_tiling, nearest_tuned, num_segments
 
 TOKEN_TILES = (1, 2, 4, 8)
 MAX_SHARED_BYTES = 160 << 10  # of a block on compute capability 8.0, less what the system takes
@@ -35,3 +35,22 @@ def test_tuned_ones_keep_the_order_of_sums(device):
         assert_launchable(tiling, in_features, int(token_tiles))
         assert int(bit_width) in layout.BIT_WIDTHS
         assert int(token_tiles) in TOKEN_TILES
+
+
+@pytest.mark.parametrize("device", all_tuned())
+def test_a_shape_is_cut_like_the_nearest_measured_one(device):
+    measured = all_tuned()[device]["4096x4096/4/1"]
+    for out_features, in_features in [(4096, 4096), (6144, 4096), (3072, 3072)]:
+        found = nearest_tuned(device, out_features, in_features, 4, 1)
+        assert found == Tiling(**measured, segments=num_segments(out_features, in_features))
+    assert nearest_tuned(device, 128, 128, 4, 1) is None
+    assert nearest_tuned("another device", 4096, 4096, 4, 1) is None
+
+
+@given(st.integers(1, 200_000), st.integers(1, 300).map(lambda groups: 128 * groups))
+def test_borrowed_tilings_can_be_launched(out_features, in_features):
+    for device in all_tuned():
+        for token_tiles in TOKEN_TILES:
+            found = nearest_tuned(device, out_features, in_features, 4, token_tiles)
+            if found is not None:
+                assert_launchable(found, in_features, token_tiles)

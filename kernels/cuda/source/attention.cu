@@ -1,16 +1,16 @@
 // Attention of new tokens over paged bfloat16 keys and values.
 //
-// The keys of a sequence are cut into splits of kSplit, counted from its start. A warp takes 16 rows (a row is one head of
-// one token; rows share a key/value head) through a split; splits are then merged in their order. Both regimes do this with
-// the same instructions, one in registers, one over splits that other warps have computed: a row's result depends on its
-// keys alone. Queries and weights are each two bfloat16 numbers, so that only keys and values are rounded.
+// A warp takes 16 rows (a row is one head of one token; rows share a key/value head) through one page. Pages are merged in
+// their order to splits of kSplitPages, splits in their order to the result: in shared memory and over blocks where a
+// sequence has one token, in one warp where it has many. A row's result depends on its keys alone. Queries and weights are
+// each two bfloat16 numbers, so that only keys and values are rounded.
 //
 // Operands come straight from memory, 16 bytes a load. A product's terms may take any order, so in a block of 32
 // dimensions lane (g, c) of a quad supplies dimensions 8c .. 8c+7 of key g; of values it loads 8 dimensions of keys
 // 2c, 2c+1, 2c+8, 2c+9 and pairs the keys: column n of product j is dimension 8n + j of a block of 64.
 #include <cuda_bf16.h>
 
-#include "nested.cuh"
+#include "digits.cuh"
 
 #ifndef HEAD_DIM  // a multiple of 64
 #define HEAD_DIM 64
@@ -21,10 +21,13 @@
 #ifndef HAS_SOFTCAP
 #define HAS_SOFTCAP 0
 #endif
+#ifndef STAGED  // whether a block has room for kSplitPages pages
+#define STAGED 0
+#endif
 
 using namespace nested;
 
-constexpr int kPage = 64, kSplitPages = 2, kSplit = kPage * kSplitPages;
+constexpr int kPage = 64, kSplitPages = 4, kSplit = kPage * kSplitPages;
 constexpr int kTileRows = 16, kWarps = 4;
 constexpr int kKeyBlocks = HEAD_DIM / 32, kValueBlocks = HEAD_DIM / 64;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -53,7 +56,7 @@ __device__ inline void split_pair(float a, float b, u32& high, u32& low) {
     const float2 rounded = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&high));
     low = pair(a - rounded.x, b - rounded.y);
 }
-__device__ inline uint4 load(const void* from) {
+__device__ inline uint4 load_operand(const void* from) {
     uint4 v;
     asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
@@ -77,6 +80,59 @@ __device__ inline float of_quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
+
+// Keys and values of a page as they lie in memory, 16 bytes (8 dimensions) a chunk.
+struct PageInMemory {
+    const __nv_bfloat16 *keys, *values;
+
+    __device__ PageInMemory(const Problem& problem, int sequence, int kv_head, int page) {
+        const size_t id = (size_t)problem.tables[(size_t)sequence * problem.table_pages + page];
+        const size_t first = (id * problem.kv_heads + kv_head) * kPage * HEAD_DIM;
+        keys = problem.keys + first;
+        values = problem.values + first;
+    }
+    __device__ void wait_for_keys() const {}
+    __device__ void wait_for_values() const {}
+    __device__ uint4 keys_at(int row, int chunk) const { return load_operand(keys + row * HEAD_DIM + 8 * chunk); }
+    __device__ uint4 values_at(int row, int chunk) const { return load_operand(values + row * HEAD_DIM + 8 * chunk); }
+};
+
+// A page that its warp has copied to shared memory, all of it under way at once. Chunks are swapped so that the eight lanes
+// that read together meet no bank twice.
+constexpr int kChunks = HEAD_DIM / 8, kPageChunks = kPage * kChunks;
+constexpr bool kStaged = STAGED;
+
+struct PageInShared {
+    uint4* chunks;  // [2][kPageChunks]
+
+    __device__ PageInShared(const PageInMemory& page, uint4* chunks) : chunks(chunks) {
+        copy(page.keys, [](int row, int chunk) { return key_place(row, chunk); });
+        copy(page.values, [](int row, int chunk) { return value_place(row, chunk); });
+    }
+    template <class Place>
+    __device__ void copy(const __nv_bfloat16* from, Place place) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int i = 0; i < kPageChunks / 32; ++i) {
+            const int index = i * 32 + lane;
+            const u32 to = (u32)__cvta_generic_to_shared(chunks + place(index / kChunks, index % kChunks));
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + 8 * index) : "memory");
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    static __device__ int key_place(int row, int chunk) { return row * kChunks + (chunk ^ (row % 2 * 4)); }
+    static __device__ int value_place(int row, int chunk) { return kPageChunks + row * kChunks + (chunk ^ (row & 6)); }
+    __device__ void wait_for_keys() const {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        __syncwarp();
+    }
+    __device__ void wait_for_values() const {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncwarp();
+    }
+    __device__ uint4 keys_at(int row, int chunk) const { return chunks[key_place(row, chunk)]; }
+    __device__ uint4 values_at(int row, int chunk) const { return chunks[value_place(row, chunk)]; }
+};
 
 // 16 rows of queries in the order of A fragments.
 struct Queries {
@@ -113,38 +169,27 @@ struct Queries {
 // What 16 rows have attended to: weighted values, sums of weights, and the largest score these are relative to.
 struct Attended {
     float sum[kValueBlocks][8][4];
-    float norm[2], largest[2];  // norm: this lane's share until `finish`
+    float norm[2], largest[2];
 
-    __device__ void clear() {
-#pragma unroll
-        for (int block = 0; block < kValueBlocks; ++block)
-#pragma unroll
-            for (int j = 0; j < 8; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sum[block][j][i] = 0.f;
-        norm[0] = norm[1] = 0.f;
-        largest[0] = largest[1] = kNothing;
-    }
-
-    __device__ void attend_page(const Problem& problem, const Queries& queries, size_t page, int kv_head, int first_key,
-                                int last_position) {
+    // The keys of one page, of which `first_key` is the first, as far as the queries see them.
+    template <class Page>
+    __device__ void attend(const Problem& problem, const Queries& queries, const Page& page, int first_key, int last_position) {
         const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
-        const size_t base = (page * problem.kv_heads + kv_head) * kPage;
+        page.wait_for_keys();
         float score[8][4];
 #pragma unroll
         for (int tile = 0; tile < 8; ++tile) {
-            const __nv_bfloat16* from = problem.keys + (base + 8 * tile + g) * HEAD_DIM + 8 * c;
             score[tile][0] = score[tile][1] = score[tile][2] = score[tile][3] = 0.f;
 #pragma unroll
             for (int block = 0; block < kKeyBlocks; ++block) {
-                const uint4 k = load(from + 32 * block);
+                const uint4 k = page.keys_at(8 * tile + g, 4 * block + c);
                 multiply(score[tile], queries.high[block][0], k.x, k.y);
                 multiply(score[tile], queries.high[block][1], k.z, k.w);
                 multiply(score[tile], queries.low[block][0], k.x, k.y);
                 multiply(score[tile], queries.low[block][1], k.z, k.w);
             }
         }
-        float highest[2] = {largest[0], largest[1]};
+        largest[0] = largest[1] = kNothing;
 #pragma unroll
         for (int tile = 0; tile < 8; ++tile)
 #pragma unroll
@@ -154,24 +199,21 @@ struct Attended {
                 if (HAS_SOFTCAP) s = problem.softcap * tanhf(s / problem.softcap);
                 const bool seen = key <= position && (!HAS_WINDOW || key > position - problem.window);
                 score[tile][i] = seen ? s * kLog2e : kNothing;
-                highest[i / 2] = fmaxf(highest[i / 2], score[tile][i]);
+                largest[i / 2] = fmaxf(largest[i / 2], score[tile][i]);
             }
         float reference[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            highest[half] = of_quad_max(highest[half]);
-            reference[half] = highest[half] == kNothing ? 0.f : highest[half];
-            const float rescale = power_of_two(largest[half] - reference[half]);
-            largest[half] = highest[half];
-            norm[half] *= rescale;
-#pragma unroll
-            for (int block = 0; block < kValueBlocks; ++block)
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    sum[block][j][2 * half] *= rescale;
-                    sum[block][j][2 * half + 1] *= rescale;
-                }
+            largest[half] = of_quad_max(largest[half]);
+            reference[half] = largest[half] == kNothing ? 0.f : largest[half];
+            norm[half] = 0.f;
         }
+#pragma unroll
+        for (int block = 0; block < kValueBlocks; ++block)
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[block][j][i] = 0.f;
 #pragma unroll
         for (int tile = 0; tile < 8; ++tile)
 #pragma unroll
@@ -179,6 +221,7 @@ struct Attended {
                 score[tile][i] = power_of_two(score[tile][i] - reference[i / 2]);
                 norm[i / 2] += score[tile][i];
             }
+        page.wait_for_values();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
             u32 high[4], low[4];
@@ -193,7 +236,7 @@ struct Attended {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int key = 16 * step + 2 * c + i % 2 + i / 2 * 8;
-                    uint4 loaded = load(problem.values + (base + key) * HEAD_DIM + 64 * block + 8 * g);
+                    uint4 loaded = page.values_at(key, 8 * block + g);
                     // What lies beyond a sequence's end is left over from another; weighted 0, a number that is not finite would remain.
                     if (first_key + key > last_position) loaded = make_uint4(0, 0, 0, 0);
                     v[i][0] = loaded.x, v[i][1] = loaded.y, v[i][2] = loaded.z, v[i][3] = loaded.w;
@@ -207,14 +250,6 @@ struct Attended {
                 }
             }
         }
-    }
-
-    // The split's keys that `queries` may see.
-    __device__ void attend_split(const Problem& problem, const Queries& queries, int sequence, int kv_head, int split, int last_position) {
-        clear();
-        const long long* table = problem.tables + (size_t)sequence * problem.table_pages;
-        for (int page = split * kSplitPages; page < (split + 1) * kSplitPages && page * kPage <= last_position; ++page)
-            attend_page(problem, queries, (size_t)table[page], kv_head, page * kPage, last_position);
         norm[0] = of_quad_sum(norm[0]);
         norm[1] = of_quad_sum(norm[1]);
     }
@@ -230,64 +265,135 @@ __device__ inline float2 merge_factors(float& largest, float added) {
 __device__ inline float merged(float before, float added, float2 factors) {
     return __fmaf_rn(added, factors.y, __fmul_rn(before, factors.x));
 }
-__device__ inline int first_split(const Problem& problem, int position) {
-    return HAS_WINDOW ? max(position - problem.window + 1, 0) / kSplit : 0;
+// The first page that a position sees.
+__device__ inline int first_page(const Problem& problem, int position) {
+    return HAS_WINDOW ? max(position - problem.window + 1, 0) / kPage : 0;
 }
 
-// One token a sequence. A grid of (splits / kWarps, kv heads x row tiles, sequences); a warp takes a split.
-extern "C" __global__ void __launch_bounds__(kWarps * 32)
+// A running merge of rows' sums, in the order in which they are added.
+struct Merged {
+    float largest = kNothing, norm = 0.f;
+
+    __device__ float2 add(float added_largest, float added_norm) {
+        const float2 factors = merge_factors(largest, added_largest);
+        norm = merged(norm, added_norm, factors);
+        return factors;
+    }
+};
+
+constexpr int kSumsOfWarp = kTileRows * HEAD_DIM;
+
+// One token a sequence. A grid of (splits, kv heads x row tiles, sequences); a warp takes a page of the split.
+// Shared memory: [pages] of their chunks where they are staged, then [pages][16 rows][HEAD_DIM] floats.
+extern "C" __global__ void __launch_bounds__(kSplitPages * 32)
 attend_splits(Problem problem, int splits) {
+    extern __shared__ __align__(16) float shared[];
+    __shared__ float2 page_norms[kSplitPages][kTileRows];
     launch_dependents();
     wait_for_inputs();
-    const int lane = threadIdx.x & 31, split = blockIdx.x * kWarps + threadIdx.x / 32, sequence = blockIdx.z;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, split = blockIdx.x, sequence = blockIdx.z;
     const int kv_head = blockIdx.y % problem.kv_heads, first_row = blockIdx.y / problem.kv_heads * kTileRows;
     const int position = (int)problem.positions[sequence];
-    if (split * kSplit > position || split < first_split(problem, position)) return;
-    Queries queries;
-    queries.read(problem, sequence, kv_head, first_row);
+    const int begin = max(split * kSplitPages, first_page(problem, position));
+    const int end = min((split + 1) * kSplitPages, position / kPage + 1);
+    if (begin >= end) return;
+    const int page = split * kSplitPages + warp, rows = min(problem.heads / problem.kv_heads - first_row, kTileRows);
+    const bool has_page = page >= begin && page < end;
     Attended attended;
-    attended.attend_split(problem, queries, sequence, kv_head, split, position);
-    const int group = problem.heads / problem.kv_heads;
+    if (has_page) {
+        const PageInMemory in_memory(problem, sequence, kv_head, page);
+        Queries queries;
+        if constexpr (kStaged) {
+            const PageInShared in_shared(in_memory, reinterpret_cast<uint4*>(shared) + warp * 2 * kPageChunks);
+            queries.read(problem, sequence, kv_head, first_row);
+            attended.attend(problem, queries, in_shared, page * kPage, position);
+        } else {
+            queries.read(problem, sequence, kv_head, first_row);
+            attended.attend(problem, queries, in_memory, page * kPage, position);
+        }
+    }
+    if (kStaged) __syncthreads();  // the sums take the place of the pages
+    if (has_page) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = first_row + lane / 4 + 8 * half;
-        if (row >= group) continue;
-        const size_t place = ((size_t)sequence * problem.heads + kv_head * group + row) * splits + split;
-        if (lane % 4 == 0) problem.partial_norm[place] = make_float2(attended.largest[half], attended.norm[half]);
+        for (int half = 0; half < 2; ++half) {
+            const int row = lane / 4 + 8 * half;
+            if (row >= rows) continue;
+            if (lane % 4 == 0) page_norms[warp][row] = make_float2(attended.largest[half], attended.norm[half]);
 #pragma unroll
-        for (int block = 0; block < kValueBlocks; ++block)
+            for (int block = 0; block < kValueBlocks; ++block)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float4* to = reinterpret_cast<float4*>(problem.partial + place * HEAD_DIM + 64 * block + 8 * (2 * (lane % 4) + i));
-                const auto& sum = attended.sum[block];
-                const int at = 2 * half + i;
-                to[0] = make_float4(sum[0][at], sum[1][at], sum[2][at], sum[3][at]);
-                to[1] = make_float4(sum[4][at], sum[5][at], sum[6][at], sum[7][at]);
-            }
+                for (int i = 0; i < 2; ++i) {
+                    float4* to = reinterpret_cast<float4*>(shared + warp * kSumsOfWarp + row * HEAD_DIM + 64 * block +
+                                                           8 * (2 * (lane % 4) + i));
+                    const auto& sum = attended.sum[block];
+                    const int at = 2 * half + i;
+                    to[0] = make_float4(sum[0][at], sum[1][at], sum[2][at], sum[3][at]);
+                    to[1] = make_float4(sum[4][at], sum[5][at], sum[6][at], sum[7][at]);
+                }
+        }
+    }
+    __syncthreads();
+    for (int index = threadIdx.x; index < rows * HEAD_DIM; index += kSplitPages * 32) {
+        const int row = index / HEAD_DIM;
+        Merged all;
+        float sum = 0.f;
+        for (int at = begin % kSplitPages; at <= (end - 1) % kSplitPages; ++at)
+            sum = merged(sum, shared[at * kSumsOfWarp + index], all.add(page_norms[at][row].x, page_norms[at][row].y));
+        const int head = kv_head * (problem.heads / problem.kv_heads) + first_row + row;
+        const size_t place = ((size_t)sequence * problem.heads + head) * splits + split;
+        problem.partial[place * HEAD_DIM + index % HEAD_DIM] = sum;
+        if (index % HEAD_DIM == 0) problem.partial_norm[place] = make_float2(all.largest, all.norm);
     }
 }
 
-// The splits of `attend_splits` put together. A grid of (heads, sequences), a thread for each dimension.
-extern "C" __global__ void __launch_bounds__(HEAD_DIM)
-merge_splits(Problem problem, int splits) {
+// Four neighbouring dimensions of a row of `attend_splits`, from `first` on, put together from all its splits.
+__device__ inline void merge_splits(const Problem& problem, int splits, size_t sequence, int first, float (&value)[4]) {
+    const int position = (int)problem.positions[sequence];
+    const size_t row = sequence * problem.heads + first / HEAD_DIM;
+    Merged all;
+    float sum[4] = {};
+#pragma unroll 4
+    for (int split = first_page(problem, position) / kSplitPages; split <= position / kSplit; ++split) {
+        const size_t place = row * splits + split;
+        const float2 norm = problem.partial_norm[place];
+        float added[4];
+        load_four(problem.partial + place * HEAD_DIM + first % HEAD_DIM, added);
+        const float2 factors = all.add(norm.x, norm.y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[i] = merged(sum[i], added[i], factors);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = to_float(to_value(__fdiv_rn(sum[i], all.norm)));
+}
+
+// The result of `attend_splits`. A grid of (row tiles of 128 dimensions, sequences / 4); a warp takes a tile of a sequence.
+extern "C" __global__ void __launch_bounds__(kTokens * 32)
+merge_rows(Problem problem, int splits, int sequences) {
     launch_dependents();
     wait_for_inputs();
-    const size_t row = (size_t)blockIdx.y * problem.heads + blockIdx.x;
-    const int position = (int)problem.positions[blockIdx.y];
-    float largest = kNothing, norm = 0.f, sum = 0.f;
-#pragma unroll 4
-    for (int split = first_split(problem, position); split <= position / kSplit; ++split) {
-        const size_t place = row * splits + split;
-        const float2 part = problem.partial_norm[place];
-        const float2 factors = merge_factors(largest, part.x);
-        norm = merged(norm, part.y, factors);
-        sum = merged(sum, problem.partial[place * HEAD_DIM + threadIdx.x], factors);
-    }
-    problem.out[row * HEAD_DIM + threadIdx.x] = to_value(__fdiv_rn(sum, norm));
+    const int sequence = blockIdx.y * kTokens + threadIdx.x / 32, columns = problem.heads * HEAD_DIM;
+    const int first = blockIdx.x * kColumns + 4 * (threadIdx.x & 31);
+    if (sequence >= sequences || first >= columns) return;
+    float value[4];
+    merge_splits(problem, splits, sequence, first, value);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) problem.out[(size_t)sequence * columns + first + i] = to_value(value[i]);
 }
 
-// Several tokens a sequence. A grid of (row tiles / kWarps, kv heads, sequences); a warp takes 16 rows through all splits.
-// Shared memory: [warps][2 * kValueBlocks][8][2][32] floats, the merged sums.
+// The same as fixed point numbers, of sequences from `first_sequence` on; the grid covers all slots.
+extern "C" __global__ void __launch_bounds__(kTokens * 32)
+merge_quantize(Problem problem, int splits, int first_sequence, int sequences, u32* digits, float2* scales, int slots) {
+    launch_dependents();
+    wait_for_inputs();
+    const int slot = blockIdx.y * kTokens + threadIdx.x / 32, columns = problem.heads * HEAD_DIM;
+    const int first = blockIdx.x * kColumns + 4 * (threadIdx.x & 31);
+    float value[4] = {};
+    if (slot < sequences && first < columns) merge_splits(problem, splits, first_sequence + slot, first, value);
+    store_digits(value, slot, blockIdx.x, gridDim.x, slots, digits, scales);
+}
+
+// Several tokens a sequence. A grid of (row tiles / kWarps, kv heads, sequences); a warp takes 16 rows through all pages.
+// Shared memory: [warps][2][kValueBlocks][8][4][32 lanes] floats, the sums of a split and those of all before it.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
 attend_rows(Problem problem) {
     launch_dependents();
@@ -300,28 +406,30 @@ attend_rows(Problem problem) {
     if (first_row >= problem.tokens * group) return;
     Queries queries;
     queries.read(problem, sequence, kv_head, first_row);
-    const int last_position = queries.last();
-    float* sums = shared + warp * kValueBlocks * 32 * 32 + lane;
-    for (int i = 0; i < kValueBlocks * 32; ++i) sums[i * 32] = 0.f;
-    float largest[2] = {kNothing, kNothing}, norm[2] = {0.f, 0.f};
-    for (int split = first_split(problem, queries.first()); split <= last_position / kSplit; ++split) {
-        Attended attended;
-        attended.attend_split(problem, queries, sequence, kv_head, split, last_position);
-        float2 factors[2];
+    const int last_position = queries.last(), last_page = last_position / kPage;
+    float* of_split = shared + 2 * warp * kSumsOfWarp + lane;
+    float* of_all = of_split + kSumsOfWarp;
+    for (int i = 0; i < kValueBlocks * 32; ++i) of_all[i * 32] = 0.f;
+    Merged all[2];
+    for (int page = first_page(problem, queries.first()); page <= last_page;) {
+        for (int i = 0; i < kValueBlocks * 32; ++i) of_split[i * 32] = 0.f;
+        Merged pages[2];
+        for (const int end = min((page / kSplitPages + 1) * kSplitPages, last_page + 1); page < end; ++page) {
+            Attended attended;
+            attended.attend(problem, queries, PageInMemory(problem, sequence, kv_head, page), page * kPage, last_position);
+            const float2 factors[2] = {pages[0].add(attended.largest[0], attended.norm[0]), pages[1].add(attended.largest[1], attended.norm[1])};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            factors[half] = merge_factors(largest[half], attended.largest[half]);
-            norm[half] = merged(norm[half], attended.norm[half], factors[half]);
+            for (int block = 0; block < kValueBlocks; ++block)
+#pragma unroll
+                for (int j = 0; j < 8; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float& sum = of_split[((block * 8 + j) * 4 + i) * 32];
+                        sum = merged(sum, attended.sum[block][j][i], factors[i / 2]);
+                    }
         }
-#pragma unroll
-        for (int block = 0; block < kValueBlocks; ++block)
-#pragma unroll
-            for (int j = 0; j < 8; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float& sum = sums[((block * 8 + j) * 4 + i) * 32];
-                    sum = merged(sum, attended.sum[block][j][i], factors[i / 2]);
-                }
+        const float2 factors[2] = {all[0].add(pages[0].largest, pages[0].norm), all[1].add(pages[1].largest, pages[1].norm)};
+        for (int i = 0; i < kValueBlocks * 32; ++i) of_all[i * 32] = merged(of_all[i * 32], of_split[i * 32], factors[i % 4 / 2]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -332,6 +440,6 @@ attend_rows(Problem problem) {
             for (int i = 0; i < 2; ++i)
                 for (int j = 0; j < 8; ++j)
                     to[64 * block + 8 * (2 * (lane % 4) + i) + j] =
-                        to_value(__fdiv_rn(sums[((block * 8 + j) * 4 + 2 * half + i) * 32], norm[half]));
+                        to_value(__fdiv_rn(of_all[((block * 8 + j) * 4 + 2 * half + i) * 32], all[half].norm));
     }
 }

@@ -73,6 +73,8 @@ add_norm_quantize(float* hidden, const Value* delta, const float* output_gain, c
                   float2* scales, int tokens, int slots, float eps) {
     const int slot = blockIdx.x;
     launch_dependents();
+    Row gains;
+    read_row(gain, gains);  // does not depend on what came before
     wait_for_inputs();
     Row row = {};
     float factor = 0.f;
@@ -84,12 +86,9 @@ add_norm_quantize(float* hidden, const Value* delta, const float* output_gain, c
     for (int i = 0; i < kTilesOfWarp; ++i) {
         const int tile = threadIdx.x / 32 + i * kWarps;
         if (tile >= kTiles) break;
-        float value[4] = {};
-        if (column_of(i) < HIDDEN) {
-            load_four(gain + column_of(i), value);
+        float value[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) value[j] *= row[i][j] * factor;
-        }
+        for (int j = 0; j < 4; ++j) value[j] = row[i][j] * factor * gains[i][j];
         store_digits(value, slot, tile, kTiles, slots, digits, scales);
     }
 }
@@ -101,4 +100,22 @@ add_residual(float* hidden, const Value* delta, const float* output_gain, float 
     wait_for_inputs();
     Row row;
     add(hidden + (size_t)blockIdx.x * HIDDEN, delta + (size_t)blockIdx.x * HIDDEN, output_gain, eps, row);
+}
+
+// out = norm(x), row by row.
+extern "C" __global__ void __launch_bounds__(kThreads)
+norm_rows(const Value* x, const float* gain, Value* out, float eps) {
+    launch_dependents();
+    Row gains, row;
+    read_row(gain, gains);
+    wait_for_inputs();
+    read_row(x + (size_t)blockIdx.x * HIDDEN, row);
+    const float factor = norm_factor(row, eps);
+#pragma unroll
+    for (int i = 0; i < kTilesOfWarp; ++i) {
+        if (column_of(i) >= HIDDEN) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            out[(size_t)blockIdx.x * HIDDEN + column_of(i) + j] = to_value(row[i][j] * factor * gains[i][j]);
+    }
 }
