@@ -2,9 +2,11 @@
 
 import logging
 import time
+from collections.abc import Sequence as ReadOnly
 
+from anybit.engine.batch import Chunk
 from anybit.engine.errors import CapacityError
-from anybit.engine.runner import Runner, SampledToken
+from anybit.engine.runner import LaunchedStep, Runner, SampledToken, StepOutput
 from anybit.engine.scheduler import Scheduler
 from anybit.engine.sequence import Sequence
 from anybit.engine.types import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
@@ -29,10 +31,11 @@ class EngineCore:
         self._traffic = traffic
         self._steps = 0
         self._step_tokens: list[int] = []
+        self._ahead: LaunchedStep | None = None  # begun before the step before it was taken in
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._ahead is not None or self._scheduler.has_work
 
     def add(self, request: GenerationRequest) -> list[TokenEvent]:
         """Queue a request; a request that can never run is answered at once with an error event."""
@@ -55,17 +58,32 @@ class EngineCore:
         return [event for sequence in self._scheduler.sequences() for event in self.abort(sequence.request.request_id)]
 
     def step(self) -> list[TokenEvent]:
-        """Compute one step and return what became known. A failing step ends its own sequences and no others."""
-        chunks = self._scheduler.schedule(time.monotonic())
-        if not chunks:
-            return []
+        """Finish one step and return what became known. A failing step ends its own sequences and no others.
+
+        Where the runner can, the step after it begins before this one has ended, so that a GPU need not wait for us.
+        """
+        step, self._ahead = self._ahead, None
+        if step is None:
+            chunks = self._scheduler.schedule(time.monotonic())
+            if not chunks:
+                return []
+            try:
+                step = self._runner.launch(chunks)
+            except Exception:
+                return self._fail_step(chunks)
         try:
-            output = self._runner.run(chunks)
+            if self._runner.can_launch_after(step) and self._scheduler.extend_ahead(step.chunks):
+                self._ahead = self._runner.launch_after(step)
+            output = step.result()
         except Exception:
-            logger.exception("A step of %d sequences failed; they end with an error.", len(chunks))
-            return [
-                self._fail(chunk.sequence, "The model failed on this batch; see the server's log.") for chunk in chunks
-            ]
+            self._ahead = None
+            return self._fail_step(step.chunks)
+        return self._take(output, step.chunks)
+
+    def _take(self, output: StepOutput, chunks: ReadOnly[Chunk]) -> list[TokenEvent]:
+        # Of a step that began early, some sequences may have ended meanwhile.
+        running = self._scheduler.running
+        chunks = [chunk for chunk in chunks if chunk.sequence in running]
         self._steps += 1
         if len(self._step_tokens) < _MAX_STEP_RECORDS:
             self._step_tokens.append(sum(chunk.num_tokens for chunk in chunks))
@@ -73,7 +91,14 @@ class EngineCore:
         self._scheduler.record(chunks)
         now = time.monotonic()
         events = [self._report_scores(sequence, scores) for sequence, scores in output.scored]
-        return events + [self._advance(sampled, now) for sampled in output.sampled]
+        return events + [self._advance(sampled, now) for sampled in output.sampled if sampled.sequence in running]
+
+    def _fail_step(self, chunks: ReadOnly[Chunk]) -> list[TokenEvent]:
+        """To be called while its exception is handled."""
+        running = self._scheduler.running
+        alive = [chunk.sequence for chunk in chunks if chunk.sequence in running]
+        logger.exception("A step of %d sequences failed; they end with an error.", len(alive))
+        return [self._fail(sequence, "The model failed on this batch; see the server's log.") for sequence in alive]
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()

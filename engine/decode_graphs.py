@@ -5,9 +5,10 @@ needs it. Rows that pad write to the pool's scratch page. All graphs read the sa
 size moves nothing.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import cycle, groupby
 from typing import Any
 
 import torch
@@ -52,10 +53,29 @@ class StepShape:
 class StepResult:
     """Logits float32 [sequences, vocab] and per sequence the likeliest token, or −1 where a logit is not finite."""
 
-    sequences: tuple[Sequence, ...]
     logits: Tensor
     likeliest: list[int]
-    widths: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedDecode:
+    """A step that the GPU has been given. `rows` are where its sequences stand."""
+
+    sequences: tuple[Sequence, ...]
+    rows: list[int]
+    shape: StepShape
+    logits: Tensor
+    likeliest: Tensor  # int64 [padded rows], on the GPU
+    copied: Tensor  # the same on the host, once `done`
+    done: torch.cuda.Event
+
+    def result(self) -> StepResult:
+        """Wait for the step. The logits are overwritten by the next one."""
+        self.done.synchronize()
+        likeliest = self.copied.tolist()
+        in_order = self.rows == list(range(len(self.rows)))
+        logits = self.logits[: len(self.rows)] if in_order else self.logits[self.rows]
+        return StepResult(logits, [likeliest[row] for row in self.rows])
 
 
 class DecodeGraphs:
@@ -78,25 +98,31 @@ class DecodeGraphs:
             chunk.num_tokens == 1 and chunk.completes and not chunk.sequence.has_unscored_prompt for chunk in chunks
         )
 
-    def run(self, chunks: ReadOnly[Chunk]) -> StepResult:
-        """Compute the chunks' tokens and extend the cache by them. The logits are overwritten by the next call."""
+    def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedDecode:
+        """Begin to compute the chunks' tokens and to extend the cache by them."""
         by_width = {
             width: [chunk.sequence for chunk in equals]
             for width, equals in groupby(sorted(chunks, key=_bit_width), key=_bit_width)
         }
-        longest = max(len(chunk.sequence.pages) for chunk in chunks)
         shape = StepShape(
-            tuple((width, padded_rows(len(sequences))) for width, sequences in by_width.items()), padded_pages(longest)
+            tuple((width, padded_rows(len(members))) for width, members in by_width.items()),
+            _table_pages(chunk.sequence for chunk in chunks),
         )
-        step = self._steps.get(shape)
-        if step is None:
-            step = self._steps[shape] = _CapturedStep(shape, self._decoder, self._pool, self._memory)
         rows: list[int] = []
         for (_, start, _), members in zip(shape.segments, by_width.values(), strict=True):
             rows += range(start, start + len(members))
         sequences = tuple(sequence for members in by_width.values() for sequence in members)
-        logits, likeliest = step.replay(sequences, rows)
-        return StepResult(sequences, logits, likeliest, frozenset(by_width))
+        return self._captured(shape).launch(sequences, rows)
+
+    def launch_after(self, step: LaunchedDecode) -> LaunchedDecode:
+        """Begin the next step of the same sequences: each one's token is its likeliest, which only the GPU may know yet."""
+        shape = replace(step.shape, table_pages=_table_pages(step.sequences))
+        return self._captured(shape).launch(step.sequences, step.rows, step.likeliest)
+
+    def _captured(self, shape: StepShape) -> "_CapturedStep":
+        if shape not in self._steps:
+            self._steps[shape] = _CapturedStep(shape, self._decoder, self._pool, self._memory)
+        return self._steps[shape]
 
 
 def padded_rows(count: int) -> int:
@@ -114,21 +140,30 @@ def padded_pages(count: int) -> int:
     return pages
 
 
+def _table_pages(sequences: Iterable[Sequence]) -> int:
+    return padded_pages(max(len(sequence.pages) for sequence in sequences))
+
+
 def _bit_width(chunk: Chunk) -> int:
     return chunk.sequence.bit_width
 
 
 class _CapturedStep:
-    """One graph, and the memory its inputs are written to."""
+    """One graph, and the memory its inputs are written to.
+
+    A step may be launched while the one before it runs, so what is copied from and to the host has two places.
+    """
 
     def __init__(self, shape: StepShape, decoder: Decoder, pool: KVPool, memory: Any) -> None:
         self._shape = shape
         rows, pages = shape.num_rows, shape.table_pages
         device = decoder.device
         self._scratch_page = pool.scratch_page
-        self._host = torch.empty((_ROW_FIELDS + pages) * rows, dtype=torch.int64, pin_memory=True)
-        self._inputs = torch.empty_like(self._host, device=device)
-        self._fill((), ())
+        size = (_ROW_FIELDS + pages) * rows
+        self._hosts = cycle([torch.empty(size, dtype=torch.int64, pin_memory=True) for _ in range(2)])
+        self._copies = cycle([torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(2)])
+        self._inputs = torch.empty(size, dtype=torch.int64, device=device)
+        self._fill((), (), 0)
         plan = self._plan(device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -140,30 +175,35 @@ class _CapturedStep:
         with torch.cuda.graph(self._graph, pool=memory):
             self._logits, self._likeliest = _compute(decoder, plan, pool)
 
-    def replay(self, sequences: ReadOnly[Sequence], rows: list[int]) -> tuple[Tensor, list[int]]:
-        """Logits and likeliest tokens of `sequences`, which stand in these rows; waits for the result."""
-        self._fill(sequences, rows)
+    def launch(self, sequences: tuple[Sequence, ...], rows: list[int], tokens: Tensor | None = None) -> LaunchedDecode:
+        """Compute each sequence's newest token, or the one after it, which `tokens` [padded rows] holds on the GPU."""
+        self._fill(sequences, rows, 0 if tokens is None else 1)
+        if tokens is not None:
+            torch.clamp(tokens, min=0, out=self._inputs[: self._shape.num_rows])
         self._graph.replay()
-        likeliest = self._likeliest.tolist()
-        in_order = rows == list(range(len(rows)))
-        logits = self._logits[: len(rows)] if in_order else self._logits[rows]
-        return logits, [likeliest[row] for row in rows]
+        copied = next(self._copies)
+        copied.copy_(self._likeliest, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return LaunchedDecode(sequences, rows, self._shape, self._logits, self._likeliest, copied, done)
 
-    def _fill(self, sequences: ReadOnly[Sequence], rows: ReadOnly[int]) -> None:
-        """Write the inputs; what no sequence stands in is padding."""
+    def _fill(self, sequences: ReadOnly[Sequence], rows: ReadOnly[int], ahead: int) -> None:
+        """Write the inputs; what no sequence stands in is padding. `ahead` is the distance to tokens known here."""
         count, pages = self._shape.num_rows, self._shape.table_pages
-        host = self._host.numpy()
+        source = next(self._hosts)
+        host = source.numpy()
         fields, tables = host[: _ROW_FIELDS * count].reshape(_ROW_FIELDS, count), host[_ROW_FIELDS * count :]
         tables = tables.reshape(count, pages)
         fields[:] = 0
         fields[2] = self._scratch_page
         tables[:] = self._scratch_page
         for row, sequence in zip(rows, sequences, strict=True):
-            position = sequence.num_computed
+            position = sequence.num_computed + ahead
+            token = 0 if ahead else sequence.token_ids[position]
             page = sequence.pages[position // PAGE_SIZE]
-            fields[:, row] = (sequence.token_ids[position], position, page, position % PAGE_SIZE)
+            fields[:, row] = (token, position, page, position % PAGE_SIZE)
             tables[row, : len(sequence.pages)] = sequence.pages
-        self._inputs.copy_(self._host, non_blocking=True)
+        self._inputs.copy_(source, non_blocking=True)
 
     def _plan(self, device: torch.device) -> BatchPlan:
         count, pages = self._shape.num_rows, self._shape.table_pages

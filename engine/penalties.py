@@ -14,13 +14,14 @@ def adjust_logits(logits: Tensor, sequences: ReadOnly[Sequence]) -> bool:
 
     Returns whether any had some.
     """
-    changing = [row for row, sequence in enumerate(sequences) if _changes_logits(sequence.request.sampling)]
+    changing = [row for row, sequence in enumerate(sequences) if changes_logits(sequence.request.sampling)]
     for row in changing:
         _adjust(logits[row], sequences[row])
     return bool(changing)
 
 
-def _changes_logits(params: SamplingParams) -> bool:
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether a request asks for changes in its logits."""
     return bool(
         params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
     )

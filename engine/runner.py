@@ -1,5 +1,6 @@
 """Executes one step on the device: plan, forward pass, log probabilities, sampling."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, field
 
@@ -7,13 +8,13 @@ import torch
 from torch import Tensor
 
 from anybit.engine.batch import BatchPlan, Chunk, plan_batch
-from anybit.engine.decode_graphs import DecodeGraphs
+from anybit.engine.decode_graphs import DecodeGraphs, LaunchedDecode
 from anybit.engine.logprobs import score_rows, token_logprobs
 from anybit.engine.models.decoder import Decoder
-from anybit.engine.penalties import adjust_logits
+from anybit.engine.penalties import adjust_logits, changes_logits
 from anybit.engine.sampling import sample
 from anybit.engine.sequence import Sequence
-from anybit.engine.types import TokenLogprob
+from anybit.engine.types import SamplingParams, TokenLogprob
 from anybit.kvcache.pool import KVPool
 
 
@@ -35,6 +36,15 @@ class StepOutput:
     scored: list[tuple[Sequence, list[TokenLogprob]]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that has begun: `result` waits for it, once. `decode` is set where the GPU computes it meanwhile."""
+
+    chunks: tuple[Chunk, ...]
+    result: Callable[[], StepOutput]
+    decode: LaunchedDecode | None = None
+
+
 class Runner:
     """Holds the model and the KV pool; knows no queues and no clients."""
 
@@ -44,11 +54,31 @@ class Runner:
         self._graphs = DecodeGraphs(decoder, pool) if DecodeGraphs.can_serve(decoder) else None
 
     @torch.inference_mode()
-    def run(self, chunks: ReadOnly[Chunk]) -> StepOutput:
-        """Compute the chunks."""
+    def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedStep:
+        """Begin a step; what is not captured as a graph is computed at once."""
         if self._graphs is not None and self._graphs.covers(chunks):
-            result = self._graphs.run(chunks)
-            return StepOutput(result.widths, choose_tokens(result.logits, result.sequences, result.likeliest))
+            return _launched(tuple(chunks), self._graphs.launch(chunks))
+        output = self._run(chunks)
+        return LaunchedStep(tuple(chunks), lambda: output)
+
+    def can_launch_after(self, step: LaunchedStep) -> bool:
+        """Whether the GPU alone decides what a step's sequences go on with."""
+        return step.decode is not None and not any(
+            needs_logits(sequence.request.sampling) for sequence in step.decode.sequences
+        )
+
+    @torch.inference_mode()
+    def launch_after(self, step: LaunchedStep) -> LaunchedStep:
+        """Begin the next token of each of a step's sequences before the step has ended.
+
+        For steps that `can_launch_after` admits; the caller has given the sequences pages for that token. Of a sequence
+        that turns out to have ended, the result means nothing.
+        """
+        if self._graphs is None or step.decode is None:
+            raise ValueError("The step was not captured as a graph.")
+        return _launched(step.chunks, self._graphs.launch_after(step.decode))
+
+    def _run(self, chunks: ReadOnly[Chunk]) -> StepOutput:
         plan = plan_batch(chunks, self._decoder.device)
         hidden = self._decoder.forward(plan, self._pool)
         return StepOutput(
@@ -72,6 +102,22 @@ class Runner:
         # As many as there are rows: then they are the rows, in order.
         logits = self._decoder.logits(hidden if len(plan.sampled) == hidden.shape[0] else hidden[plan.sampled_rows])
         return choose_tokens(logits, plan.sampled)
+
+
+def _launched(chunks: tuple[Chunk, ...], decode: LaunchedDecode) -> LaunchedStep:
+    @torch.inference_mode()
+    def result() -> StepOutput:
+        found = decode.result()
+        widths = frozenset(width for width, _ in decode.shape.rows)
+        return StepOutput(widths, choose_tokens(found.logits, decode.sequences, found.likeliest))
+
+    return LaunchedStep(chunks, result, decode)
+
+
+def needs_logits(params: SamplingParams) -> bool:
+    """Whether a request's next token, or what is reported with it, takes more than the likeliest token."""
+    is_drawn = params.temperature != 0 and params.top_k != 1
+    return is_drawn or params.num_logprobs is not None or changes_logits(params)
 
 
 def choose_tokens(

@@ -9,6 +9,7 @@ The oldest sequence is never preempted for another and fits the whole cache, so 
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 from itertools import count
 
@@ -59,6 +60,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def running(self) -> frozenset[Sequence]:
+        return frozenset(self._running)
+
     def running_by_width(self) -> dict[int, int]:
         return dict(Counter(sequence.bit_width for sequence in self._running))
 
@@ -108,6 +113,25 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= chunk.num_tokens
         return chunks[: self._config.max_step_tokens]
+
+    def extend_ahead(self, chunks: ReadOnly[Chunk]) -> bool:
+        """Give each sequence of a decode step that is still under way room for one more token, before that step is recorded.
+
+        False, and nothing is changed, unless the next step will be the same sequences' next tokens whatever the tokens
+        are, but for those that stop: nobody waits who could come in, nobody reaches a limit, and there are pages for all.
+        """
+        sequences = [chunk.sequence for chunk in chunks]
+        if frozenset(sequences) != self.running or (self._waiting and len(sequences) < self._config.max_num_seqs):
+            return False
+        if any(not chunk.completes or chunk.sequence.is_near_limit for chunk in chunks):
+            return False
+        wanted = [self._spec.pages_for(len(sequence.token_ids) + 1) - len(sequence.pages) for sequence in sequences]
+        pages = self.allocator.allocate(sum(wanted))
+        if pages is None:
+            return False
+        for sequence, num_pages in zip(sequences, wanted, strict=True):
+            sequence.pages += [pages.pop() for _ in range(num_pages)]
+        return True
 
     def record(self, chunks: list[Chunk]) -> None:
         """Take note that a step has computed these chunks; pages that are full now can be found by later sequences."""

@@ -49,6 +49,11 @@ class Sequence:
         return self.num_prompt_tokens + max(self.request.sampling.max_tokens, 1) - 1
 
     @property
+    def is_near_limit(self) -> bool:
+        """Whether the next token is the last one that may be generated."""
+        return self.num_generated + 1 >= self.request.sampling.max_tokens
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.num_prompt_logprobs is not None
 

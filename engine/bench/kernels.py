@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from anybit.engine.bench.bandwidth import copy_bytes_per_second
+from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
 from anybit.engine.machine import (
     cpu_flags,
@@ -24,7 +25,6 @@ from anybit.kernels.cpu.bandwidth import ReadProbe
 from anybit.kernels.cpu.bindings import get_threads
 from anybit.kernels.cpu.threads import torch_on_all_threads
 from anybit.kernels.duplicates import duplicates
-from anybit.kernels.nested import NestedWeight
 
 ROTATION_BYTES = 1 << 30
 _CPU = torch.device("cpu")
@@ -123,19 +123,6 @@ class Rotation:
             calls += 1
             seconds = time.perf_counter() - started
         return seconds / calls
-
-
-def random_weight(
-    shape: Shape, group_size: int, bit_widths: Sequence[int], device: torch.device | str = "cpu"
-) -> NestedWeight:
-    """A weight with random codes (those of padding rows too) and small float16 float parts."""
-    weight = NestedWeight.allocate(shape.out_features, shape.in_features, group_size, bit_widths, torch.float16, device)
-    for chunk in weight.chunks.values():
-        chunk.random_(256)
-    for part in weight.affine.values():
-        part.scale.uniform_(0.001, 0.002)
-        part.zero.uniform_(-0.01, 0.01)
-    return weight
 
 
 def _row(rotation: Rotation, width: int, batch: int, samples: Sequence[float]) -> dict[str, Any]:

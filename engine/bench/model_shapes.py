@@ -18,7 +18,7 @@ _LLAMA_8B = DecoderConfig(
     layers=(_LAYER,) * 32,
 )
 
-MODEL_SHAPES = {
+MODELS = {
     "llama-3.1-8b": _LLAMA_8B,
     "llama-3.2-1b": replace(
         _LLAMA_8B,

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anybit.engine.bench.model_shapes import MODEL_SHAPES
+from anybit.engine.bench.model_shapes import MODELS
+from anybit.engine.bench.random_weight import random_weight
+from anybit.engine.bench.shapes import Shape
 from anybit.engine.bench.subject import DecodeSubject
 from anybit.engine.config import EngineConfig
 from anybit.engine.core import EngineCore
@@ -19,7 +21,6 @@ from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.kernels import dispatch, layout
-from anybit.kernels.nested import Affine, NestedWeight
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import KVSpec
 
@@ -55,7 +56,7 @@ class RandomLoader:
     def linear(self, prefixes: Sequence[str], bias: bool) -> NestedLinear:
         names = [prefix.rsplit(".", 1)[-1] for prefix in prefixes]
         rows, columns = sum(self._rows[name] for name in names), self._columns.get(names[0], self._config.hidden_size)
-        weight = random_weight(rows, columns, self._bit_widths, self._device)
+        weight = random_weight(Shape(rows, columns), _GROUP_SIZE, self._bit_widths, self._device)
         for width in self._bit_widths:
             self.linear_bytes[width] += weight.bytes_read(width)
         return NestedLinear(dispatch.prepare(weight), torch.zeros(rows, device=self._device) if bias else None)
@@ -63,7 +64,9 @@ class RandomLoader:
     def vocabulary(self, prefix: str) -> NestedVocabulary:
         del prefix
         config = self._config
-        weight = random_weight(config.vocab_size, config.hidden_size, (self._lm_head_bits,), self._device)
+        weight = random_weight(
+            Shape(config.vocab_size, config.hidden_size), _GROUP_SIZE, (self._lm_head_bits,), self._device
+        )
         self.head_bytes = weight.bytes_read(self._lm_head_bits)
         return NestedVocabulary(dispatch.prepare(weight), self._lm_head_bits)
 
@@ -72,26 +75,12 @@ class RandomLoader:
         return torch.ones(size, device=self._device)
 
 
-def random_weight(rows: int, columns: int, bit_widths: Sequence[int], device: torch.device) -> NestedWeight:
-    """A nested weight whose products keep the size of their inputs, at every width."""
-    weight = NestedWeight.allocate(rows, columns, _GROUP_SIZE, bit_widths, torch.float16, device)
-    for chunk in weight.chunks.values():
-        chunk.random_(0, 256)
-    affine: dict[int, Affine] = {}
-    for width, part in weight.affine.items():
-        step = (12 / columns) ** 0.5 / (1 << width)
-        # Above 4 bits the zero stands for the middle of both nibbles.
-        middle = ((1 << width) - 1) / 2 * step
-        affine[width] = Affine(part.scale.fill_(step), part.zero.fill_(-middle))
-    return NestedWeight(weight.out_features, weight.in_features, weight.group_size, weight.chunks, affine)
-
-
 def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubject:
     """A core of that shape with random weights, with room for `max_num_seqs` sequences of `context` tokens."""
     keep_freed_memory()
     device = resolve_device(config.device)
     use_threads(config.threads or physical_cores(), device)
-    model = MODEL_SHAPES[shape]
+    model = MODELS[shape]
     bit_widths = config.bit_widths or layout.BIT_WIDTHS
     loader = RandomLoader(model, bit_widths, config.lm_head_bits, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +102,10 @@ class BlockSolver:
         vectors = load_vectors(self._source, self._config, layer, self._device)
         with torch.no_grad():
             sizes: dict[str, ChannelSizes] | None = {} if self._recipe.balance else None
-            float_moments, streams.float_output = self._observe(block, streams.float_hidden, linears, vectors, sizes)
+            with self._forward_products():
+                float_moments, streams.float_output = self._observe(
+                    block, streams.float_hidden, linears, vectors, sizes
+                )
             if sizes is not None:
                 balanced = balance(self._config, linears, vectors, sizes, self._recipe.balance)
                 linears, vectors = balanced.linears, balanced.vectors
@@ -144,12 +147,17 @@ class BlockSolver:
             if streams.float_output is None:
                 linears = load_linears(self._source, layer, self._device)
                 vectors = load_vectors(self._source, self._config, layer, self._device)
-                streams.float_output = _forward(block, streams.float_hidden, linears, vectors)
+                with self._forward_products():
+                    streams.float_output = _forward(block, streams.float_hidden, linears, vectors)
             streams.float_hidden, streams.float_output = streams.float_output, None
             for width, hidden in streams.prefix.items():
                 weights = {name: weight.read(width) for name, weight in solved.weights.items()}
-                with nullcontext() if self._recipe.prefix_hessians else training_products(self._device):
+                with self._forward_products():
                     streams.prefix[width] = _forward(block, hidden, weights, solved.vectors)
+
+    def _forward_products(self) -> AbstractContextManager[object]:
+        """The published methods see what the model computes in float32; training needs no more than it is trained with."""
+        return nullcontext() if self._recipe.prefix_hessians else training_products(self._device)
 
     def _observe(
         self,

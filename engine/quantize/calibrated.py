@@ -28,7 +28,8 @@ from anybit.kernels.cpu.bindings import set_threads
 
 logger = logging.getLogger("anybit.quantize")
 
-_STEP_TOKENS = 512
+_STEP_TOKENS = {2: 256, 3: 512, 4: 512}
+"""Tokens of a training step through the whole model: at 2 bits more steps help more than more tokens in each."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -180,9 +181,10 @@ class ModelSolver:
         ]
         generator = torch.Generator().manual_seed(self._options.seed + width)
         order = torch.randperm(len(embedded), generator=generator).tolist()
-        options = EndToEndOptions(steps, _batch(embedded), train_scales=not fixed_scales)
+        options = EndToEndOptions(steps, _batch(embedded, width), train_scales=not fixed_scales)
         data = Distillation(embedded, targets, self._head(), order)
-        return train_end_to_end(blocks, width, data, options, self._must_recompute(embedded), progress)
+        recompute = self._must_recompute(embedded, options.batch)
+        return train_end_to_end(blocks, width, data, options, recompute, progress)
 
     def _head(self) -> Callable[[Tensor], Tensor]:
         config = self._config
@@ -197,18 +199,18 @@ class ModelSolver:
 
         return head
 
-    def _must_recompute(self, embedded: Tensor) -> bool:
-        """Whether one sequence's activations and all weights in float would take more than half of the free memory."""
+    def _must_recompute(self, embedded: Tensor, batch: int) -> bool:
+        """Whether a step's activations and all weights in float would take more than half of the free memory."""
         config = self._config
         per_token = 12 * config.hidden_size + 6 * config.intermediate_size
-        activations = config.num_layers * _batch(embedded) * embedded.shape[1] * per_token
+        activations = config.num_layers * batch * embedded.shape[1] * per_token
         weights = config.num_layers * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
         return 4 * (activations + weights) > free_bytes(self._device) // 2
 
 
-def _batch(embedded: Tensor) -> int:
-    """Sequences of a training step: as many as make about five hundred tokens."""
-    return max(1, _STEP_TOKENS // embedded.shape[1])
+def _batch(embedded: Tensor, width: int) -> int:
+    """Sequences of a training step at this width, [sequences, tokens, hidden]."""
+    return max(1, _STEP_TOKENS[width] // embedded.shape[1])
 
 
 def by_name(layer: int, block: SolvedBlock, config: DecoderConfig) -> dict[str, CodedWeight]:

@@ -83,7 +83,7 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
         prefix_hessians=options.true_sequential,
         true_sequential=options.true_sequential,
         balance=0.25,
-        training=TrainingOptions(steps=4, tokens=256, learning_rate=4e-3) if trained else None,
+        training=TrainingOptions(steps=8, tokens=256, learning_rate=4e-3) if trained else None,
         training_sequences=min(16, options.sequences or 64),
-        end_to_end={2: 30, 3: 24, 4: 6} if trained else {},
+        end_to_end={2: 48, 3: 24, 4: 6} if trained else {},
     )

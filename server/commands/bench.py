@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from anybit.engine.bench.model_shapes import MODEL_SHAPES
+from anybit.engine.bench.model_shapes import MODELS
 from anybit.engine.config import DEFAULT_METHOD, EngineConfig
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands import bench_kernels, bench_serve
@@ -51,7 +51,7 @@ def decode(
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
     shape: Annotated[
-        str | None, typer.Option(help=f"Instead of a model, one of this shape: {', '.join(MODEL_SHAPES)}.")
+        str | None, typer.Option(help=f"Instead of a model, one of this shape: {', '.join(MODELS)}.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Fill --shape with random weights; nothing is downloaded.")
@@ -103,8 +103,8 @@ def _check_shape(shape: str | None, random_weights: bool, model: str | None) -> 
         raise typer.BadParameter("--shape and --random-weights go together: shapes have no weights of their own.")
     if shape is not None and model is not None:
         raise typer.BadParameter("Name a model or a --shape, not both.")
-    if shape is not None and shape not in MODEL_SHAPES:
-        raise typer.BadParameter(f"{shape!r} is not one of {', '.join(MODEL_SHAPES)}.")
+    if shape is not None and shape not in MODELS:
+        raise typer.BadParameter(f"{shape!r} is not one of {', '.join(MODELS)}.")
 
 
 def _table(report: dict[str, Any]) -> Table:

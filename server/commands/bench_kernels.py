@@ -28,7 +28,7 @@ def kernels(
     group_size: GroupSizeOption = "auto",
     threads: ThreadsOption = 0,
     device: Annotated[
-        str, typer.Option(metavar="auto|cpu", help="What computes; either is the processor for now.")
+        str, typer.Option(metavar="auto|cpu|cuda", help="What computes; auto is the processor.")
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")] = 5,
     rotation_mib: Annotated[
@@ -37,27 +37,29 @@ def kernels(
     json_path: JsonOption = None,
 ) -> None:
     """Time of linear layers per width and shape, and the share of the memory bandwidth that they reach."""
-    if device not in ("auto", "cpu"):
-        raise typer.BadParameter(f"Kernels are measured on the CPU only so far; --device {device} is not auto or cpu.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device} is not auto, cpu or cuda.")
     bit_widths, batches = parse_bit_widths(bit_width), parse_batches(batch)
     group = parse_group_size(group_size)
     shapes = _parse_shapes(shape, group)
     if json_path is not None and not json_path.parent.is_dir():
         raise typer.BadParameter(f"{json_path.parent} is no directory for --json.")
 
-    from anybit.engine.bench.kernels import bench_kernels  # noqa: PLC0415 - loads torch
+    from anybit.engine.bench.cuda_kernels import bench_cuda_kernels  # noqa: PLC0415 - loads torch
+    from anybit.engine.bench.kernels import bench_kernels  # noqa: PLC0415
+    from anybit.engine.machine import resolve_device  # noqa: PLC0415
 
+    cells = (shapes, bit_widths, batches, group)
     with stage_progress(refresh_per_second=2) as progress:  # drawing takes time from what is measured
-        report = bench_kernels(
-            shapes,
-            bit_widths,
-            batches,
-            group,
-            threads,
-            rounds,
-            lambda done, total: progress.update("bench", done, total),
-            rotation_mib << 20,
-        )
+
+        def update(done: int, total: int) -> None:
+            progress.update("bench", done, total)
+
+        if device == "cuda":
+            resolve_device(device)  # says so if there is none
+            report = bench_cuda_kernels(*cells, rounds, update, rotation_mib << 20)
+        else:
+            report = bench_kernels(*cells, threads, rounds, update, rotation_mib << 20)
     Console().print(_table(report))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1))
@@ -79,11 +81,11 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table("bits", "out", "in", "rows", "microseconds", "GB/s", "share of read bandwidth", title=title)
     for row in report["rows"]:
         table.add_row(
-            str(row["bit_width"]),
+            row["peer"] or str(row["bit_width"]),
             str(row["out"]),
             str(row["in"]),
             str(row["m"]),
-            f"{row['microseconds']:,.0f}",
+            f"{row['microseconds']:,.1f}",
             f"{row['gb_per_second']:.1f}",
             f"{row['floor_share']:.2f}",
         )

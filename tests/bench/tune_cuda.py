@@ -1,6 +1,6 @@
 """Finds the fastest tilings of the GPU's products on this machine, and writes them to kernels/cuda/tuned.json.
 
-    python tests/bench/tune_cuda.py [--shapes 4096x4096,28672x4096] [--json OUT]
+    python tests/bench/tune_cuda.py [--shapes 4096x4096,28672x4096] [--token-tiles 1,2] [--json OUT]
 
 All candidates are compiled first, on all cores; then each is timed in a CUDA graph, weights rotating past the L2 cache.
 """
@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from graph_timing import graph_seconds
 
-from anybit.engine.bench.kernels import random_weight
+from anybit.engine.bench.graph_timing import graph_seconds
+from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape, parse_shapes
 from anybit.kernels import layout
 from anybit.kernels.cuda import fragments
@@ -38,7 +39,7 @@ MIN_BLOCKS, MAX_BLOCKS, MIN_WARPS = 100, 300, 132 * 6
 def candidates(shape: Shape, bit_width: int, token_tiles: int) -> Iterator[Tiling]:
     row_tiles = -(-shape.out_features // fragments.TILE_ROWS)
     segments = num_segments(shape.out_features, shape.in_features)
-    options = itertools.product((1, 2), (1, 2, 4, 7, 14), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3))
+    options = itertools.product((1, 2), (1, 2, 3, 4, 6, 7, 14), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3))
     for tiles, warps, columns, cluster, depth in options:
         tiling = Tiling(tiles, warps, columns, cluster, depth, segments)
         if segments % (columns * cluster) or not 4 <= warps * columns <= MAX_WARPS:
@@ -66,10 +67,13 @@ def compile_one(constants: tuple[str, dict[str, int]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="llama-3-8b")
+    parser.add_argument("--token-tiles", type=lambda text: tuple(map(int, text.split(","))), default=tuple(TOKENS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     shapes = parse_shapes(arguments.shapes)
-    cells = [(shape, width, tiles) for shape in shapes for width in layout.BIT_WIDTHS for tiles in TOKENS]
+    cells = [
+        (shape, width, tiles) for shape in shapes for width in layout.BIT_WIDTHS for tiles in arguments.token_tiles
+    ]
     target = architecture(torch.cuda.get_device_capability())
     jobs = [
         (target, cuda.product_constants(tiling, width, GROUP_SIZE, torch.float16, torch.bfloat16, tiles))
@@ -91,7 +95,9 @@ def main() -> None:
     if arguments.json is not None:
         cells = {key: {"microseconds": rows[0][0] * 1e6, **rows[0][1]} for key, rows in measured.items()}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        report = {"device": device, "versions": versions, "group_size": GROUP_SIZE, "cells": cells}
+        report: dict[str, Any] = {"device": device, "versions": versions, "group_size": GROUP_SIZE}
+        known = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"cells": {}}
+        report["cells"] = {**known["cells"], **cells} if known.get("device") == device else cells
         arguments.json.write_text(json.dumps(report, indent=1))
 
 

@@ -189,7 +189,7 @@ def test_bench_kernels_json_has_the_contracted_shape(cache: Path, tmp_path: Path
         (("--shape", "64x96", "--group-size", "64"), "not a multiple of --group-size 64"),
         (("--bit-width", "5"), "not a list of bit-widths"),
         (("--batch", "0"), "not a list of numbers"),
-        (("--device", "cuda"), "CPU only"),
+        (("--device", "tpu"), "not auto, cpu or cuda"),
         (("--json", "/nowhere/report.json"), "no directory"),
     ],
 )

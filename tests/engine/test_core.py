@@ -175,3 +175,47 @@ def test_step_of_an_unfinished_prompt_reads_no_head():
     core.add(make_request("a", [1, 2, 3], bit_width=4))
     core.step()
     assert core.take_stats().weight_bytes_read == {4: BYTES_READ[4]}
+
+
+def test_a_step_begins_before_the_one_before_it_has_been_taken_in():
+    runner = FakeRunner(runs_ahead=True)
+    core, request = fake_core(runner), make_request("a", [3, 4], max_tokens=4)
+    core.add(request)
+    assert len(core.step()) == 1  # the prompt, whose last row is no step of one token
+    assert len(runner.steps) == 1
+    events = core.step()
+    assert len(runner.steps) == 3
+    while core.has_work:
+        events += core.step()
+    assert len(runner.steps) == 4, "a step was begun for a token that nobody asked for"
+    assert [token for event in events for token in event.token_ids] == answer_of(request)[0][1:]
+
+
+def test_what_was_begun_for_a_request_that_stopped_is_forgotten():
+    runner = FakeRunner(runs_ahead=True)
+    core, stopping = fake_core(runner), make_request("a", [3, 4], max_tokens=9)
+    tokens = answer_of(stopping)[0]
+    stop = next(index for index in range(2, 9) if tokens[index] not in tokens[:index])
+    stopping = make_request("a", [3, 4], max_tokens=9, stop_token_ids=(tokens[stop],))
+    going_on = make_request("b", [5], max_tokens=9)
+    events = [*core.add(stopping), *core.add(going_on)]
+    while core.has_work:
+        events += core.step()
+        core.check_integrity()
+    texts = {
+        name: [token for event in events if event.request_id == name for token in event.token_ids] for name in "ab"
+    }
+    assert texts == {"a": tokens[:stop], "b": answer_of(going_on)[0]}
+    assert core.take_stats().kv_pages_used == 0
+
+
+def test_an_abort_while_a_step_is_under_way_frees_its_pages():
+    core = fake_core(FakeRunner(runs_ahead=True))
+    core.add(make_request("a", [3, 4], max_tokens=100))
+    core.step()
+    core.step()
+    assert core.abort("a")[0].finish_reason is FinishReason.ABORT
+    assert core.has_work  # the step that has begun
+    assert core.step() == []
+    assert not core.has_work
+    assert core.take_stats().kv_pages_used == 0

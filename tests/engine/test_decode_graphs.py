@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from anybit.engine.batch import Chunk
-from anybit.engine.bench.random_model import random_weight
+from anybit.engine.bench.random_weight import random_weight
+from anybit.engine.bench.shapes import Shape
 from anybit.engine.decode_graphs import DecodeGraphs, StepShape, padded_pages, padded_rows
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.sequence import Sequence
@@ -76,7 +77,7 @@ def test_greedy_texts_alone_and_in_a_mixed_batch_are_equal_and_eager_steps_agree
 
 
 def test_random_weights_keep_the_size_of_activations():
-    weight = random_weight(256, 1024, (2, 3, 4, 6, 8), torch.device("cpu"))
+    weight = random_weight(Shape(256, 1024), 128, BIT_WIDTHS)
     for width in (2, 3, 4, 6, 8):
         levels = reference.dequantize(weight, width)
         assert 0.5 < levels.std() * 1024**0.5 < 1.6

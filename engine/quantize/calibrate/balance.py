@@ -30,8 +30,8 @@ class ChannelSizes:
         self._num_tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """x float32 [sequences, tokens, in]; tokens that are not finite do not count."""
-        rows = x.detach()[:, 1::_SAMPLED_EVERY].flatten(0, 1)
+        """x [sequences, tokens, in], of any floating type; tokens that are not finite do not count."""
+        rows = x.detach()[:, 1::_SAMPLED_EVERY].flatten(0, 1).to(torch.float32)
         finite = torch.isfinite(rows).all(dim=1)
         self._sum += torch.where(finite[:, None], rows, 0.0).square().sum(0, dtype=torch.float64)
         self._num_tokens += int(finite.sum())

@@ -22,8 +22,11 @@ class InputMoments:
         self.num_skipped = 0
 
     def add(self, x: Tensor) -> None:
-        """x float32 [..., in]."""
-        rows = x.detach().reshape(-1, x.shape[-1])
+        """x [..., in], float32 or, from a forward pass in mixed precision, bfloat16."""
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(x.detach().reshape(-1, x.shape[-1]).to(torch.float32))
+
+    def _add(self, rows: Tensor) -> None:
         # One pass: a sum is finite only if all its terms are.
         if not bool(torch.isfinite(rows.sum())):
             finite = torch.isfinite(rows).all(dim=1)

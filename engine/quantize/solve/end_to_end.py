@@ -18,7 +18,6 @@ from anybit.engine.quantize.solve.coded import FloatPart
 from anybit.engine.quantize.solve.precision import training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 
-_COMPARED_EVERY = 2
 _COMPARED_TOGETHER = 128
 
 
@@ -92,17 +91,15 @@ def train_end_to_end(
     for step in range(options.steps):
         chosen = [data.order[(step * options.batch + i) % len(data.order)] for i in range(options.batch)]
         hidden = data.embedded[chosen]
-        # Of neighbouring tokens one in two is compared: the head costs as much as several blocks.
-        compared = slice(step % _COMPARED_EVERY, None, _COMPARED_EVERY)
         for index in range(len(blocks)):
             hidden = (
                 checkpoint(run_block, index, hidden, use_reentrant=False) if recompute else run_block(index, hidden)
             )
-        loss, gradient = distribution_gradient(hidden[:, compared], data.targets[chosen][:, compared], data.head)
+        loss, gradient = distribution_gradient(hidden, data.targets[chosen], data.head)
         if not math.isfinite(loss):
             raise ArithmeticError(f"Training at {bit_width} bits diverged.")
         optimizer.zero_grad(set_to_none=True)
-        hidden[:, compared].backward(gradient)  # type: ignore[no-untyped-call]
+        hidden.backward(gradient)  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress(step + 1)

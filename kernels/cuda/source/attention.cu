@@ -290,21 +290,26 @@ attend_splits(Problem problem, int splits) {
     extern __shared__ __align__(16) float shared[];
     __shared__ float2 page_norms[kSplitPages][kTileRows];
     launch_dependents();
-    wait_for_inputs();
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, split = blockIdx.x, sequence = blockIdx.z;
     const int kv_head = blockIdx.y % problem.kv_heads, first_row = blockIdx.y / problem.kv_heads * kTileRows;
     const int position = (int)problem.positions[sequence];
     const int begin = max(split * kSplitPages, first_page(problem, position));
     const int end = min((split + 1) * kSplitPages, position / kPage + 1);
-    if (begin >= end) return;
+    if (begin >= end) {
+        wait_for_inputs();
+        return;
+    }
     const int page = split * kSplitPages + warp, rows = min(problem.heads / problem.kv_heads - first_row, kTileRows);
     const bool has_page = page >= begin && page < end;
     Attended attended;
+    // Positions and tables were there before the step began, and so was every page but a sequence's last.
+    if (!kStaged || !has_page || page == position / kPage) wait_for_inputs();
     if (has_page) {
         const PageInMemory in_memory(problem, sequence, kv_head, page);
         Queries queries;
         if constexpr (kStaged) {
             const PageInShared in_shared(in_memory, reinterpret_cast<uint4*>(shared) + warp * 2 * kPageChunks);
+            wait_for_inputs();
             queries.read(problem, sequence, kv_head, first_row);
             attended.attend(problem, queries, in_shared, page * kPage, position);
         } else {
