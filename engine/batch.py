@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.sequence import Sequence
+from anybit.kernels.cuda.linear import TileWidths
 from anybit.kernels.dispatch import WidthSegment
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -49,7 +50,10 @@ class ScoredRows:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Inputs of one forward pass. `sampled` lists the sequences of `sampled_rows`, in order."""
+    """Inputs of one forward pass. `sampled` lists the sequences of `sampled_rows`, in order.
+
+    With `tile_widths` rows are at the widths that these name, four by four, and `segments` says nothing.
+    """
 
     token_ids: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows]
@@ -60,6 +64,7 @@ class BatchPlan:
     sampled_rows: Tensor  # int64 [sampled]
     sampled: tuple[Sequence, ...]
     scored: tuple[ScoredRows, ...]
+    tile_widths: TileWidths | None = None
 
 
 def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> BatchPlan:

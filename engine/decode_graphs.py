@@ -1,8 +1,8 @@
 """Steps of one token a sequence on a GPU, captured as CUDA graphs: a step is one launch, whatever the number of layers.
 
-A graph's shape is a padded number of rows for each bit-width and a padded number of pages; it is captured when a step first
-needs it. Rows that pad write to the pool's scratch page. All graphs read the same weights and pages, so a new width or batch
-size moves nothing.
+A graph's shape is a padded number of rows, the set of their bit-widths and a padded number of pages; it is captured when a
+step first needs it. Where widths meet, which rows have which is an input. Rows that pad write to the pool's scratch page. All
+graphs read the same weights and pages, so a new width or batch size moves nothing.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,8 @@ from anybit.engine.models.cuda_layers import CudaLayers
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.sequence import Sequence
 from anybit.kernels import dispatch
-from anybit.kernels.dispatch import WidthSegment
+from anybit.kernels.cuda.activations import TILE_TOKENS, num_token_tiles
+from anybit.kernels.cuda.linear import TileWidths
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -31,22 +32,20 @@ _WARM_UP_RUNS = 2  # kernels are compiled and loaded before the capture
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """Rows of each width, in order, and pages of a block table."""
+    """Padded rows, the bit-widths among them, and pages of a block table."""
 
-    rows: tuple[tuple[int, int], ...]  # (bit_width, padded rows)
+    num_rows: int
+    widths: tuple[int, ...]
     table_pages: int
 
     @property
-    def num_rows(self) -> int:
-        return sum(count for _, count in self.rows)
+    def is_mixed(self) -> bool:
+        return len(self.widths) > 1
 
     @property
-    def segments(self) -> tuple[WidthSegment, ...]:
-        segments, start = [], 0
-        for width, count in self.rows:
-            segments.append((width, start, start + count))
-            start += count
-        return tuple(segments)
+    def num_tiles(self) -> int:
+        """N-tiles of rows that have one width each, those that pad a pass included."""
+        return num_token_tiles(self.num_rows) if self.is_mixed else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +103,13 @@ class DecodeGraphs:
             width: [chunk.sequence for chunk in equals]
             for width, equals in groupby(sorted(chunks, key=_bit_width), key=_bit_width)
         }
-        shape = StepShape(
-            tuple((width, padded_rows(len(members))) for width, members in by_width.items()),
-            _table_pages(chunk.sequence for chunk in chunks),
-        )
         rows: list[int] = []
-        for (_, start, _), members in zip(shape.segments, by_width.values(), strict=True):
-            rows += range(start, start + len(members))
+        end = 0
+        for members in by_width.values():
+            start = end + -end % TILE_TOKENS
+            end = start + len(members)
+            rows += range(start, end)
+        shape = StepShape(padded_rows(end), tuple(by_width), _table_pages(chunk.sequence for chunk in chunks))
         sequences = tuple(sequence for members in by_width.values() for sequence in members)
         return self._captured(shape).launch(sequences, rows)
 
@@ -159,7 +158,7 @@ class _CapturedStep:
         rows, pages = shape.num_rows, shape.table_pages
         device = decoder.device
         self._scratch_page = pool.scratch_page
-        size = (_ROW_FIELDS + pages) * rows
+        size = (_ROW_FIELDS + pages) * rows + shape.num_tiles
         self._hosts = cycle([torch.empty(size, dtype=torch.int64, pin_memory=True) for _ in range(2)])
         self._copies = cycle([torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(2)])
         self._inputs = torch.empty(size, dtype=torch.int64, device=device)
@@ -192,8 +191,10 @@ class _CapturedStep:
         count, pages = self._shape.num_rows, self._shape.table_pages
         source = next(self._hosts)
         host = source.numpy()
-        fields, tables = host[: _ROW_FIELDS * count].reshape(_ROW_FIELDS, count), host[_ROW_FIELDS * count :]
-        tables = tables.reshape(count, pages)
+        fields = host[: _ROW_FIELDS * count].reshape(_ROW_FIELDS, count)
+        tables = host[_ROW_FIELDS * count : (_ROW_FIELDS + pages) * count].reshape(count, pages)
+        tile_widths = host[(_ROW_FIELDS + pages) * count :]
+        tile_widths[:] = self._shape.widths[0]
         fields[:] = 0
         fields[2] = self._scratch_page
         tables[:] = self._scratch_page
@@ -203,12 +204,16 @@ class _CapturedStep:
             page = sequence.pages[position // PAGE_SIZE]
             fields[:, row] = (token, position, page, position % PAGE_SIZE)
             tables[row, : len(sequence.pages)] = sequence.pages
+            if self._shape.is_mixed:
+                tile_widths[row // TILE_TOKENS] = sequence.bit_width
         self._inputs.copy_(source, non_blocking=True)
 
     def _plan(self, device: torch.device) -> BatchPlan:
         count, pages = self._shape.num_rows, self._shape.table_pages
         fields = self._inputs[: _ROW_FIELDS * count].view(_ROW_FIELDS, count)
-        tables = self._inputs[_ROW_FIELDS * count :].view(count, pages)
+        tables = self._inputs[_ROW_FIELDS * count : (_ROW_FIELDS + pages) * count].view(count, pages)
+        widths = self._shape.widths
+        tile_widths = TileWidths(widths, self._inputs[(_ROW_FIELDS + pages) * count :])
         row_ids = torch.arange(count, device=device)
         token_ids, positions, page_ids, page_offsets = fields
         return BatchPlan(
@@ -216,11 +221,12 @@ class _CapturedStep:
             positions=positions,
             page_ids=page_ids,
             page_offsets=page_offsets,
-            segments=self._shape.segments,
+            segments=((widths[0], 0, count),),
             attention_groups=(AttentionGroup(row_ids[:, None], tables, positions[:, None]),),
             sampled_rows=row_ids,
             sampled=(),
             scored=(),
+            tile_widths=tile_widths if self._shape.is_mixed else None,
         )
 
 

@@ -108,8 +108,9 @@ def _launched(chunks: tuple[Chunk, ...], decode: LaunchedDecode) -> LaunchedStep
     @torch.inference_mode()
     def result() -> StepOutput:
         found = decode.result()
-        widths = frozenset(width for width, _ in decode.shape.rows)
-        return StepOutput(widths, choose_tokens(found.logits, decode.sequences, found.likeliest))
+        return StepOutput(
+            frozenset(decode.shape.widths), choose_tokens(found.logits, decode.sequences, found.likeliest)
+        )
 
     return LaunchedStep(chunks, result, decode)
 

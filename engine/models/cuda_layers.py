@@ -22,9 +22,8 @@ from anybit.kernels.cuda.activations import (
 )
 from anybit.kernels.cuda.attention import attend_splits, can_attend
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import multiply
+from anybit.kernels.cuda.linear import TileWidths, multiply, multiply_mixed
 from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
-from anybit.kernels.dispatch import WidthSegment
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -34,12 +33,32 @@ _HEAD_DIM_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows start .. stop−1 of a step, which one launch computes."""
+
+    start: int
+    stop: int
+    widths: int | TileWidths
+
+
+@dataclass(frozen=True, slots=True)
 class _Product:
     weight: FragmentWeight
     bias: Tensor | None
 
-    def __call__(self, inputs: Activations, bit_width: int, y: Tensor) -> None:
-        multiply(inputs, self.weight, bit_width, self.bias, y)
+    def __call__(self, inputs: Activations, rows: _Rows, y: Tensor) -> None:
+        """Write the product of `inputs`, which are these rows, to theirs of y [all rows, out]."""
+        part = y[rows.start : rows.stop]
+        if isinstance(rows.widths, TileWidths):
+            multiply_mixed(inputs, self.weight, rows.widths, self.bias, part)
+        else:
+            multiply(inputs, self.weight, rows.widths, self.bias, part)
+
+
+def _parts(plan: BatchPlan) -> list[_Rows]:
+    if plan.tile_widths is not None:
+        return [_Rows(0, len(plan.token_ids), plan.tile_widths)]
+    return [_Rows(start, stop, width) for width, start, stop in plan.segments]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +87,10 @@ class CudaLayers:
     def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """float32 [rows, hidden] -> the same tensor, after all layers."""
         addition: Addition | None = None
+        parts = _parts(plan)
         places = RowPlaces(plan.positions, plan.page_ids, plan.page_offsets)
         for index, layer in enumerate(self._layers):
-            qkv = self._normed(hidden, addition, layer.attention_norm, layer.qkv, plan.segments)
+            qkv = self._normed(hidden, addition, layer.attention_norm, layer.qkv, parts)
             keys, values = pool.keys(index), pool.values(index)
             q = rotate_and_store(
                 qkv.view(len(hidden), -1, self._config.head_dim),
@@ -81,10 +101,10 @@ class CudaLayers:
                 values,
                 layer.head_norms,
             )
-            output = self._attended(q, keys, values, layer, plan)
+            output = self._attended(q, keys, values, layer, plan, parts)
             addition = Addition(output, layer.attention_output_gain)
-            gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, plan.segments)
-            down = self._quantized(gate_up, self._config.activation, layer.down, plan.segments)
+            gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, parts)
+            down = self._quantized(gate_up, self._config.activation, layer.down, parts)
             addition = Addition(down, layer.mlp_output_gain)
         if addition is not None:
             add_residual(hidden, addition, self._config.rms_norm_eps)
@@ -96,26 +116,30 @@ class CudaLayers:
         addition: Addition | None,
         norm: RMSNorm,
         product: _Product,
-        segments: Sequence[WidthSegment],
+        parts: Sequence[_Rows],
     ) -> Tensor:
         """hidden += addition; the product of its norm: [rows, out]."""
         y = self._empty(hidden.shape[0], product.weight.out_features, hidden.device)
-        for width, start, stop in segments:
-            part = None if addition is None else Addition(addition.values[start:stop], addition.gain)
-            inputs = add_norm_quantize(
-                hidden[start:stop], part, norm.weight, norm.eps, product.weight.group_size, self._dtype
+        for rows in parts:
+            added = None if addition is None else Addition(addition.values[rows.start : rows.stop], addition.gain)
+            residual = hidden[rows.start : rows.stop]
+            product(
+                add_norm_quantize(residual, added, norm.weight, norm.eps, product.weight.group_size, self._dtype),
+                rows,
+                y,
             )
-            product(inputs, width, y[start:stop])
         return y
 
-    def _quantized(self, x: Tensor, gate: str | None, product: _Product, segments: Sequence[WidthSegment]) -> Tensor:
+    def _quantized(self, x: Tensor, gate: str | None, product: _Product, parts: Sequence[_Rows]) -> Tensor:
         """The product of x, gated or as it is: [rows, out]."""
         y = self._empty(x.shape[0], product.weight.out_features, x.device)
-        for width, start, stop in segments:
-            product(quantize_activations(x[start:stop], product.weight.group_size, gate), width, y[start:stop])
+        for rows in parts:
+            product(quantize_activations(x[rows.start : rows.stop], product.weight.group_size, gate), rows, y)
         return y
 
-    def _attended(self, q: Tensor, keys: Tensor, values: Tensor, layer: _Layer, plan: BatchPlan) -> Tensor:
+    def _attended(
+        self, q: Tensor, keys: Tensor, values: Tensor, layer: _Layer, plan: BatchPlan, parts: Sequence[_Rows]
+    ) -> Tensor:
         """The output projection of attention: [rows, hidden]."""
         rows = len(q)
         scale, softcap = self._config.attention_scale, self._config.attention_softcap
@@ -133,8 +157,8 @@ class CudaLayers:
                 softcap,
             )
             y = self._empty(rows, layer.output.weight.out_features, q.device)
-            for width, start, stop in plan.segments:
-                layer.output(splits.quantized(start, stop, layer.output.weight.group_size), width, y[start:stop])
+            for part in parts:
+                layer.output(splits.quantized(part.start, part.stop, layer.output.weight.group_size), part, y)
             return y
         attended = torch.empty_like(q)
         for group in plan.attention_groups:
@@ -148,7 +172,7 @@ class CudaLayers:
                 layer.window,
                 softcap,
             )
-        return self._quantized(attended.view(rows, -1), None, layer.output, plan.segments)
+        return self._quantized(attended.view(rows, -1), None, layer.output, parts)
 
     def _empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.empty(rows, columns, dtype=self._dtype, device=device)

@@ -11,7 +11,7 @@ from anybit.kernels.cuda.fragments import TILE_COLUMNS
 from anybit.kernels.cuda.values import VALUES
 
 MAX_TOKEN_TILES = 8  # of a pass over the weights
-_TOKENS = 4  # of an n-tile
+TILE_TOKENS = 4  # of an n-tile
 _MAX_WARPS = 16  # of a block of source/norm.cu
 _GATES = {"silu": 1, "gelu_tanh": 2}
 
@@ -35,13 +35,13 @@ class Activations:
         return cls(
             tokens,
             torch.empty(token_tiles, column_tiles, 8 * TILE_COLUMNS, dtype=torch.uint8, device=device),
-            torch.empty(groups, token_tiles * _TOKENS, 2, device=device),
+            torch.empty(groups, token_tiles * TILE_TOKENS, 2, device=device),
         )
 
 
 def num_token_tiles(tokens: int) -> int:
     """N-tiles that `tokens` tokens are padded to: 1, 2, 4 or whole passes."""
-    needed = -(-tokens // _TOKENS)
+    needed = -(-tokens // TILE_TOKENS)
     for count in (1, 2, 4):
         if needed <= count:
             return count

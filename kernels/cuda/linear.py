@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,23 @@ class _Weight(ctypes.Structure):
     """`Weight` of source/nested.cuh."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("c2", "c3", "c4", "c6", "c8", "high", "low")]
+
+
+class _MixedWeight(ctypes.Structure):
+    """`MixedWeight` of source/nested.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("c2", "c3", "c4", "c6", "c8")),
+        ("parts", ctypes.c_void_p * len(layout.BIT_WIDTHS)),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class TileWidths:
+    """Bit-widths of rows that are computed together: those that may occur, and that of each n-tile of 4 rows."""
+
+    present: tuple[int, ...]
+    of_tiles: Tensor  # int64 [n-tiles], on the GPU
 
 
 def can_pack(weight: NestedWeight) -> bool:
@@ -59,15 +77,36 @@ def multiply(
     tiling: Tiling | None = None,
 ) -> None:
     """Write the product at `bit_width` to y [tokens, out]; bias float32 [out]. `tiling` None takes the tuned one."""
+    _launch(activations, weight, bit_width, bias, y, tiling, None)
+
+
+def multiply_mixed(
+    activations: Activations, weight: FragmentWeight, widths: TileWidths, bias: Tensor | None, y: Tensor
+) -> None:
+    """`multiply` with each row at its own width, bit for bit, while the weight is read once at the widest of them."""
+    _launch(activations, weight, max(widths.present), bias, y, None, widths)
+
+
+def _launch(
+    activations: Activations,
+    weight: FragmentWeight,
+    bit_width: int,
+    bias: Tensor | None,
+    y: Tensor,
+    tiling: Tiling | None,
+    widths: TileWidths | None,
+) -> None:
     token_tiles = min(activations.digits.shape[0], MAX_TOKEN_TILES)
     tiling = tiling or choose_tiling(weight.out_features, weight.in_features, bit_width, token_tiles)
     shared_bytes = tiling.shared_bytes(token_tiles)
-    part_dtype = weight.parts[bit_width].dtype
+    part_dtype = next(iter(weight.parts.values())).dtype
     constants = product_constants(tiling, bit_width, weight.group_size, part_dtype, y.dtype, token_tiles)
+    if widths is not None:
+        constants["WIDTHS"] = sum(1 << width for width in widths.present)
     kernel = load_kernel("linear_decode", "nested_linear_decode", defined(**constants), shared_bytes)
     arguments: list[Argument] = [
-        _describe(weight, bit_width),
-        *pointers(activations.digits, activations.scales, bias, y),
+        _describe(weight, bit_width) if widths is None else _describe_mixed(weight),
+        *pointers(None if widths is None else widths.of_tiles, activations.digits, activations.scales, bias, y),
         *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
         *integers(fetched_tiles(weight, bit_width, tiling)),
     ]
@@ -126,3 +165,9 @@ def _describe(weight: FragmentWeight, bit_width: int) -> _Weight:
     if bit_width > layout.NIBBLE_BITS:
         addresses["low"] = weight.parts[bit_width].data_ptr()
     return _Weight(**addresses)
+
+
+def _describe_mixed(weight: FragmentWeight) -> _MixedWeight:
+    parts = [weight.parts[width].data_ptr() if width in weight.parts else None for width in layout.BIT_WIDTHS]
+    streams = {name: stream.data_ptr() for name, stream in weight.streams.items()}
+    return _MixedWeight(**streams, parts=(ctypes.c_void_p * len(parts))(*parts))

@@ -26,10 +26,10 @@ def test_rows_and_pages_are_padded_to_few_sizes():
     assert {padded_rows(count) for count in range(1, 257)} == {1, 2, 4, 8, *range(16, 257, 16)}
 
 
-def test_segments_of_a_shape_follow_each_other():
-    shape = StepShape(((2, 4), (8, 1)), 8)
-    assert shape.segments == ((2, 0, 4), (8, 4, 5))
-    assert shape.num_rows == 5
+def test_only_steps_of_several_widths_tell_which_rows_have_which():
+    assert StepShape(16, (2, 8), 8).num_tiles == 4
+    assert StepShape(48, (2, 8), 8).num_tiles == 16  # two passes of eight
+    assert StepShape(16, (4,), 8).num_tiles == 0
 
 
 def test_only_steps_of_one_token_a_sequence_are_covered():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anybit.kernels import dispatch, layout, reference
+from anybit.kernels.cuda import activations as cuda_activations
 from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
 from anybit.kernels.cuda.tuning import Tiling, default_tiling
@@ -137,3 +138,22 @@ def test_a_product_can_be_captured_and_replayed():
     x.copy_(normal(5, 1024, seed=1))
     graph.replay()
     assert_near_oracle(y, x, weight, 3)
+
+
+@pytest.mark.parametrize("widths", [(2, 4, 8), (2, 3), (3, 6), (4, 6, 8), layout.BIT_WIDTHS])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(70, 576, 64), (3000, 1536, 128), (40, 320, 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, rows, columns, group_size, dtype):
+    weight = fragments.pack(on_gpu(random_nested(rows, columns, group_size)))
+    bias = normal(rows, seed=5).cuda()
+    for tiles in (2, 5, 8, 19):
+        x = normal(4 * tiles, columns, seed=tiles).cuda().to(dtype)
+        of_tiles = torch.randint(len(widths), (cuda_activations.num_token_tiles(4 * tiles),))
+        of_tiles = torch.tensor(widths)[of_tiles].cuda()
+        y = torch.empty(4 * tiles, rows, dtype=dtype, device="cuda")
+        inputs = cuda_activations.quantize_activations(x, group_size)
+        cuda.multiply_mixed(inputs, weight, cuda.TileWidths(tuple(widths), of_tiles), bias, y)
+        for tile in range(tiles):
+            part = slice(4 * tile, 4 * tile + 4)
+            alone = cuda.linear(x[part], weight, [(int(of_tiles[tile]), 0, 4)], bias)
+            assert torch.equal(y[part], alone)

@@ -28,6 +28,16 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("widths", [(2, 3), (2, 4, 8), (4, 6), BIT_WIDTHS])
+def test_products_of_several_widths_compile(architecture, widths):
+    for token_tiles, group_size in [(1, 128), (8, 64)]:
+        tiling = default_tiling(4096, 4096, max(widths), token_tiles)
+        constants = product_constants(tiling, max(widths), group_size, torch.float16, torch.bfloat16, token_tiles)
+        constants["WIDTHS"] = sum(1 << width for width in widths)
+        assert compile_source("linear_decode", architecture, constants).startswith(ELF)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rest_compiles(architecture):
     assert compile_source("greedy", architecture, {}).startswith(ELF)
     for group_size, value in [(128, 2), (64, 1), (32, 0)]:

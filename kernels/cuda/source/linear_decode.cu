@@ -1,17 +1,15 @@
-// y = x W^T (+ bias) for few tokens: nested codes at one width times fixed point activations.
+// y = x W^T (+ bias) for few tokens: nested codes at one width, or at one for each n-tile, times fixed point activations.
 //
 // A warp owns ROW_TILES tiles of 16 rows and walks over columns. Codes are the unsigned bytes of the A operand of
 // mma.m16n8k32; the B operand holds the two signed digits of a token in neighbouring columns, so that a lane's
 // accumulators are (digit 1, digit 0) of one token: their sum is exact, whatever the order. Floats enter once per (row, group), in
 // an order that only SEGMENTS and the number of columns decide: within a segment group after group, then segment after segment.
-#include "product.cuh"
+#ifdef WIDTHS
+#include "mixed.cuh"
+#else
+#include "uniform.cuh"
+#endif
 
-#ifndef TOKEN_TILES  // n-tiles of a pass
-#define TOKEN_TILES 1
-#endif
-#ifndef ROW_TILES  // of a warp
-#define ROW_TILES 1
-#endif
 #ifndef ROW_WARPS  // side by side
 #define ROW_WARPS 4
 #endif
@@ -31,83 +29,14 @@ constexpr int kThreads = ROW_WARPS * COLUMN_WARPS * 32;
 constexpr int kSegmentsOfBlock = SEGMENTS / CLUSTER, kSegmentsOfWarp = kSegmentsOfBlock / COLUMN_WARPS;
 static_assert(SEGMENTS % (COLUMN_WARPS * CLUSTER) == 0, "a warp takes whole segments");
 
-template <bool kFirst>
-__device__ inline void multiply(int* sum, const u32* codes, uint2 x) {
-    if (kFirst) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
-            : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
-            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y), "r"(kMagic));
-    } else {
-        asm volatile(
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-            : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y));
-    }
-}
-
-// All groups of one tile of columns, added to out.
-__device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint2* digits, const float2* scales,
-                                int slots, bool has_token, float (&out)[ROW_TILES][TOKEN_TILES][2]) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-        int high[ROW_TILES][TOKEN_TILES][4], low[kHasLow ? ROW_TILES : 1][TOKEN_TILES][4];
-#pragma unroll
-        for (int s = 0; s < kStepsOfGroup; ++s) {
-            const int step = group * kStepsOfGroup + s;
-            uint2 x[TOKEN_TILES];
-#pragma unroll
-            for (int q = 0; q < TOKEN_TILES; ++q)
-                x[q] = has_token ? digits[((((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane) * 2 + step % 2]
-                                 : make_uint2(0, 0);
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r) {
-                u32 codes[4], residual[4];
-                high_codes(tiles[r], step, codes);
-                if (kHasLow) low_codes(tiles[r], step, residual);
-#pragma unroll
-                for (int q = 0; q < TOKEN_TILES; ++q) {
-                    if (s == 0) {
-                        multiply<true>(high[r][q], codes, x[q]);
-                        if (kHasLow) multiply<true>(low[r][q], residual, x[q]);
-                    } else {
-                        multiply<false>(high[r][q], codes, x[q]);
-                        if (kHasLow) multiply<false>(low[r][q], residual, x[q]);
-                    }
-                }
-            }
-        }
-        float2 x_scale[TOKEN_TILES];
-#pragma unroll
-        for (int q = 0; q < TOKEN_TILES; ++q)
-            x_scale[q] = scales[(size_t)(k * kGroups + group) * slots + q * kTokens + lane % 4];
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float2 part = part_floats(tiles[r].high[group][half]);
-                const float2 own = kHasLow ? part_floats(tiles[r].low[group][half]) : part;
-#pragma unroll
-                for (int q = 0; q < TOKEN_TILES; ++q) {
-                    const float step = x_scale[q].x, total = x_scale[q].y;
-                    float& sum = out[r][q][half];
-                    sum = __fmaf_rn(part.x, joined(high[r][q][2 * half], high[r][q][2 * half + 1]) * step, sum);
-                    if (kHasLow) sum = __fmaf_rn(own.x, joined(low[r][q][2 * half], low[r][q][2 * half + 1]) * step, sum);
-                    sum = __fmaf_rn(own.y, total, sum);
-                }
-            }
-    }
-}
-
 // A grid of (blocks of a cluster, passes of TOKEN_TILES n-tiles, groups of rows); the passes over the same rows run side by side
-// and find the weights in the cache. Digits and scales are as digits.cuh says. A warp's first `fetched` tiles are fetched early.
+// and find the weights in the cache. Digits and scales are as digits.cuh says. `tile_widths` is read where WIDTHS is defined. A warp's first `fetched` tiles are fetched early.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, const float* bias, Value* y, int tokens,
-                     int slots, int rows, int row_tiles, int tiles_k, int fetched) {
+nested_linear_decode(ServedWeight weight, const long long* tile_widths, const uint2* digits, const float2* scales,
+                     const float* bias, Value* y, int tokens, int slots, int rows, int row_tiles, int tiles_k, int fetched) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % COLUMN_WARPS;
     const int row_tile = (blockIdx.z * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
     const int first_token = blockIdx.y * TOKEN_TILES * kTokens;
@@ -138,7 +67,12 @@ nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, c
         if (blockIdx.y == 0)
             for (int k = first + DEPTH; k < min(first + fetched, last); ++k)
 #pragma unroll
-                for (int r = 0; r < ROW_TILES; ++r) fetch(weight, base[r] + k, lane);
+                for (int r = 0; r < ROW_TILES; ++r) Tile::fetch_ahead(weight, base[r] + k, lane);
+        Widths widths;
+#ifdef WIDTHS
+#pragma unroll
+        for (int q = 0; q < TOKEN_TILES; ++q) widths.of[q] = (int)tile_widths[blockIdx.y * TOKEN_TILES + q];
+#endif
         wait_for_inputs();
         digits += (size_t)blockIdx.y * TOKEN_TILES * tiles_k * 128;
         scales += first_token;
@@ -148,7 +82,7 @@ nested_linear_decode(Weight weight, const uint2* digits, const float2* scales, c
             for (int d = 0; d < DEPTH; ++d) {
                 const int k = k0 + d;
                 if (k >= last) break;
-                add_tile(ring[d], k, tiles_k, digits, scales, slots, has_token, out);
+                add_tile(ring[d], k, tiles_k, digits, scales, slots, has_token, widths, out);
 #pragma unroll
                 for (int r = 0; r < ROW_TILES; ++r)
                     if (k + DEPTH < last) ring[d][r].request(weight, base[r] + k + DEPTH, lane);

@@ -56,14 +56,20 @@ __device__ inline float2 part_floats(Part part) { return __half22float2(*reinter
 
 // Code streams, tile after tile: [row tiles][column tiles][32 lanes]. Parts: [row tiles][groups][16 rows]. Above 4 bits
 // `high` is the 4-bit width's part, of which the scale counts, and `low` the width's own.
-struct Weight {
+struct Streams {
     const uint4* c2;
     const uint2* c3;
     const uint2* c4;
     const uint4* c6;
     const uint4* c8;
+};
+struct Weight : Streams {
     const Part* high;
     const Part* low;
+};
+// The same at several widths; `parts` in the order of the widths 2, 3, 4, 6, 8.
+struct MixedWeight : Streams {
+    const Part* parts[5];
 };
 
 // The 4 registers of an A fragment hold codes as bytes. Of step i, register j takes bits 2j of the bytes of word i of a

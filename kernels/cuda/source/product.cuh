@@ -2,6 +2,12 @@
 #pragma once
 #include "nested.cuh"
 
+#ifndef TOKEN_TILES  // n-tiles of a pass
+#define TOKEN_TILES 1
+#endif
+#ifndef ROW_TILES  // of a warp
+#define ROW_TILES 1
+#endif
 #ifndef CLUSTER  // blocks that share row tiles, and read each other's sums
 #define CLUSTER 1
 #endif
@@ -34,42 +40,28 @@ __device__ inline float joined(int d1, int d0) {
     return __fmaf_rn(128.f, __int_as_float(d1) - kMagicFloat, __int_as_float(d0) - kMagicFloat);
 }
 
-struct Tile {
+// Codes of a tile, as far as BITS needs them.
+struct Codes {
     uint4 c2, c6, c8;
     uint2 c3, c4;
-    Part high[kGroups][2], low[kGroups][2];
 
-    __device__ void request(const Weight& weight, size_t index, int lane) {
-        const size_t place = index * 32 + lane;
-        c2 = load(weight.c2 + place);
-        if (kHasC3) c3 = load(weight.c3 + place);
-        if (kHasC4) c4 = load(weight.c4 + place);
-        if (kHasC6) c6 = load(weight.c6 + place);
-        if (kHasC8) c8 = load(weight.c8 + place);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const size_t part = (index * kGroups + group) * kRows + half * 8 + lane / 4;
-                high[group][half] = load(weight.high + part);
-                if (kHasLow) low[group][half] = load(weight.low + part);
-            }
+    __device__ void request(const Streams& streams, size_t place) {
+        c2 = load(streams.c2 + place);
+        if (kHasC3) c3 = load(streams.c3 + place);
+        if (kHasC4) c4 = load(streams.c4 + place);
+        if (kHasC6) c6 = load(streams.c6 + place);
+        if (kHasC8) c8 = load(streams.c8 + place);
     }
 };
 
-// Bring a tile nearer, into the second level cache.
-__device__ inline void fetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-__device__ inline void fetch(const Weight& weight, size_t index, int lane) {
-    const size_t place = index * 32 + lane;
-    fetch_line(weight.c2 + place);
-    if (kHasC3) fetch_line(weight.c3 + place);
-    if (kHasC4) fetch_line(weight.c4 + place);
-    if (kHasC6) fetch_line(weight.c6 + place);
-    if (kHasC8) fetch_line(weight.c8 + place);
-    if (lane < kGroups * kRows) {
-        fetch_line(weight.high + index * kGroups * kRows + lane);
-        if (kHasLow) fetch_line(weight.low + index * kGroups * kRows + lane);
-    }
+// Bring what a later request needs nearer, into the second level cache.
+__device__ inline void fetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+__device__ inline void fetch(const Streams& streams, size_t place) {
+    fetch(static_cast<const void*>(streams.c2 + place));
+    if (kHasC3) fetch(static_cast<const void*>(streams.c3 + place));
+    if (kHasC4) fetch(static_cast<const void*>(streams.c4 + place));
+    if (kHasC6) fetch(static_cast<const void*>(streams.c6 + place));
+    if (kHasC8) fetch(static_cast<const void*>(streams.c8 + place));
 }
 
 __device__ inline u32 moved(u32 v, int right) { return right >= 0 ? v >> right : v << -right; }
@@ -79,8 +71,8 @@ __device__ inline u32 with_bits(u32 v, u32 mask, u32 others) {  // (v & mask) | 
     return result;
 }
 
-// The width's bits of the high nibble, as integers.
-__device__ inline void high_codes(const Tile& tile, int step, u32* codes) {
+// The bits of the high nibble that BITS has, as integers; and all bits of the low one that it has.
+__device__ inline void high_codes(const Codes& tile, int step, u32* codes) {
     constexpr int kBelow = BITS >= 4 ? 2 : BITS - 2, kBelowC3 = kHasC4 ? 1 : 0;  // bits that follow those of c2 and c3
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -90,12 +82,27 @@ __device__ inline void high_codes(const Tile& tile, int step, u32* codes) {
         if (kHasC4) codes[j] = with_bits(moved(word(tile.c4, step / 2), bit), 0x01010101u, codes[j]);
     }
 }
-__device__ inline void low_codes(const Tile& tile, int step, u32* codes) {
+__device__ inline void low_codes(const Codes& tile, int step, u32* codes) {
     constexpr int kBelow = kHasC8 ? 2 : 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         codes[j] = moved(word(tile.c6, step), 2 * j - kBelow) & (0x03030303u << kBelow);
         if (kHasC8) codes[j] = with_bits(moved(word(tile.c8, step), 2 * j), 0x03030303u, codes[j]);
+    }
+}
+
+template <bool kFirst>
+__device__ inline void multiply(int* sum, const u32* codes, uint2 x) {
+    if (kFirst) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+            : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y), "r"(kMagic));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+            : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y));
     }
 }
 
