@@ -69,7 +69,11 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     prefix_identity = checkpoint_hash if config.prefix_cache else None
     core = EngineCore(
         Runner(decoder, KVPool(spec, num_pages, device)),
-        Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.max_step_tokens, prefix_identity)),
+        Scheduler(
+            spec,
+            num_pages,
+            SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), prefix_identity),
+        ),
         spec.page_bytes,
         max_model_len,
         WeightTraffic(

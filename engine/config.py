@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from anybit.engine.errors import AnyBitError
 
+_STEP_TOKENS = {"cpu": 256, "cuda": 512}
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 KV_FORMATS = ("bf16", "float32")
@@ -26,8 +27,8 @@ class EngineConfig:
     `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free memory (on a GPU
     most of it). `prefix_cache` keeps the pages of ended sequences for later ones with the same beginning.
     `threads` 0 means the physical cores. `max_step_tokens` bounds how many tokens one step computes, so that a long
-    prompt delays running sequences by no more than that. `reproducible` asks for results that do not depend on the
-    batch (None: wherever that is possible).
+    prompt delays running sequences by no more than that; 0 means what suits the device. `reproducible` asks for
+    results that do not depend on the batch (None: wherever that is possible).
     """
 
     checkpoint: str
@@ -41,10 +42,14 @@ class EngineConfig:
     threads: int = 0
     max_model_len: int = 0
     max_num_seqs: int = 16
-    max_step_tokens: int = 256
+    max_step_tokens: int = 0
     kv_cache_bytes: int = 0
     prefix_cache: bool = True
     reproducible: bool | None = None
+
+    def step_tokens(self, device_type: str) -> int:
+        """Most tokens of one step on a device ("cpu", "cuda")."""
+        return self.max_step_tokens or _STEP_TOKENS[device_type]
 
     def check(self) -> None:
         """Raise ConfigError, with the one sentence a user needs, unless every setting is usable."""
@@ -67,7 +72,7 @@ class EngineConfig:
             ("threads", self.threads, 0),
             ("max_model_len", self.max_model_len, 0),
             ("max_num_seqs", self.max_num_seqs, 1),
-            ("max_step_tokens", self.max_step_tokens, 1),
+            ("max_step_tokens", self.max_step_tokens, 0),
             ("kv_cache_bytes", self.kv_cache_bytes, 0),
         ):
             if number < least:

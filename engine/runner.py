@@ -12,7 +12,7 @@ from anybit.engine.decode_graphs import DecodeGraphs, LaunchedDecode
 from anybit.engine.logprobs import score_rows, token_logprobs
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.penalties import adjust_logits, changes_logits
-from anybit.engine.sampling import sample
+from anybit.engine.sampling import is_drawn, sample
 from anybit.engine.sequence import Sequence
 from anybit.engine.types import SamplingParams, TokenLogprob
 from anybit.kvcache.pool import KVPool
@@ -117,8 +117,7 @@ def _launched(chunks: tuple[Chunk, ...], decode: LaunchedDecode) -> LaunchedStep
 
 def needs_logits(params: SamplingParams) -> bool:
     """Whether a request's next token, or what is reported with it, takes more than the likeliest token."""
-    is_drawn = params.temperature != 0 and params.top_k != 1
-    return is_drawn or params.num_logprobs is not None or changes_logits(params)
+    return is_drawn(params) or params.num_logprobs is not None or changes_logits(params)
 
 
 def choose_tokens(

@@ -10,7 +10,6 @@ import torch
 
 from anybit.engine.bench.bandwidth import copy_bytes_per_second
 from anybit.engine.bench.subject import DecodeSubject
-from anybit.engine.core import EngineCore
 from anybit.engine.precision import Precision
 from anybit.engine.types import GenerationRequest, SamplingParams
 
@@ -35,7 +34,7 @@ def bench_decode(
     samples: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
     for round_index in range(rounds):
         for index, (width, batch) in enumerate(cells):
-            samples[width, batch].append(_step_seconds(subject.core, width, batch, context, steps, subject.vocab_size))
+            samples[width, batch].append(_step_seconds(subject, width, batch, context, steps))
             progress(round_index * len(cells) + index + 1, rounds * len(cells))
     return {
         "device": f"{platform.machine()} {subject.device_name}",
@@ -49,12 +48,16 @@ def bench_decode(
     }
 
 
-def _step_seconds(core: EngineCore, width: int, batch: int, context: int, steps: int, vocab_size: int) -> float:
-    """Seconds of one decode step, averaged over `steps`, with `batch` sequences at `width`."""
+def _step_seconds(subject: DecodeSubject, width: int, batch: int, context: int, steps: int) -> float:
+    """Seconds of one decode step, averaged over `steps`, with `batch` sequences at `width`.
+
+    The first sequences go on while the prompts of the last are computed, so none has an end in sight.
+    """
+    core = subject.core
     generator = torch.Generator().manual_seed(context)
     for index in range(batch):
-        prompt = torch.randint(vocab_size, (context,), generator=generator).tolist()
-        sampling = SamplingParams(max_tokens=steps + _WARM_UP_STEPS + batch + 1, temperature=0)
+        prompt = torch.randint(subject.vocab_size, (context,), generator=generator).tolist()
+        sampling = SamplingParams(max_tokens=subject.max_model_len - context, temperature=0)
         core.add(GenerationRequest(f"bench-{index}", prompt, sampling, Precision(width)))
     started: set[str] = set()
     while len(started) < batch:
@@ -66,6 +69,8 @@ def _step_seconds(core: EngineCore, width: int, batch: int, context: int, steps:
         core.step()
     seconds = (time.perf_counter() - begin) / steps
     core.abort_all()
+    while core.has_work:  # what had begun already
+        core.step()
     return seconds
 
 

@@ -76,7 +76,7 @@ class RandomLoader:
 
 
 def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubject:
-    """A core of that shape with random weights, with room for `max_num_seqs` sequences of `context` tokens."""
+    """A core of that shape with random weights, with room for `max_num_seqs` sequences of `context` tokens each."""
     keep_freed_memory()
     device = resolve_device(config.device)
     use_threads(config.threads or physical_cores(), device)
@@ -89,13 +89,14 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     num_pages = (config.max_num_seqs + 1) * spec.pages_for(context)
     core = EngineCore(
         Runner(decoder, KVPool(spec, num_pages, device)),
-        Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.max_step_tokens, None)),
+        Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)),
         spec.page_bytes,
         context,
         WeightTraffic(loader.linear_bytes, loader.head_bytes),
     )
     return DecodeSubject(
         core=core,
+        max_model_len=context,
         name=f"{shape}, random weights",
         device=device,
         device_name=describe_device(device),

@@ -16,6 +16,7 @@ class DecodeSubject:
     """A core that is ready to step; `weight_bytes` by width are those that a step reads."""
 
     core: EngineCore
+    max_model_len: int
     name: str
     device: torch.device
     device_name: str
@@ -30,6 +31,7 @@ def loaded_subject(config: EngineConfig) -> DecodeSubject:
     core, info = assemble(config)
     return DecodeSubject(
         core=core,
+        max_model_len=info.max_model_len,
         name=info.name,
         device=resolve_device(config.device),
         device_name=info.device,

@@ -27,7 +27,8 @@ from anybit.server.commands.options import (
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
 
-_ROOM = 64  # tokens beyond context and steps, for warm-up and what is generated while others still start
+_ROOM = 64  # tokens, for warm-up
+_FEWEST_STEP_TOKENS = 256  # of a prompt that a step computes
 
 app = typer.Typer(
     help="Measure speed per width: of this machine alone, or of a server under load.", no_args_is_help=True
@@ -81,7 +82,8 @@ def decode(
     from anybit.engine.bench.random_model import random_subject  # noqa: PLC0415
     from anybit.engine.bench.subject import loaded_subject  # noqa: PLC0415
 
-    needed = context + steps + max(batches) + _ROOM
+    # Every prompt takes a few steps, in which those before it go on.
+    needed = context + steps + max(batches) * (context // _FEWEST_STEP_TOKENS + 2) + _ROOM
     subject = loaded_subject(config) if shape is None else random_subject(shape, config, needed)
     with stage_progress() as progress:
         report = bench_decode(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybit.engine.sampling import sample
+from anybit.engine.sampling import _draw, _draw_likely, sample
 from anybit.engine.types import SamplingParams
 
 LOGITS = torch.tensor([1.0, 2.5, -3.0, 2.5, 0.3, -0.7, 1.9, 0.0])
@@ -146,3 +146,35 @@ def test_logits_that_are_not_finite_give_no_token_in_their_row_only(bad, tempera
     one, none, other = sample(logits, [params(temperature)] * 3, [0] * 3)
     assert none is None
     assert one == other == draw(LOGITS, 0, temperature=temperature)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from((600, 5000)),
+    st.sampled_from((0.0, 0.3, 1.0, 3.0)),
+    st.sampled_from(
+        ({}, {"top_p": 0.9}, {"top_p": 0.2}, {"top_k": 40}, {"top_k": 550}, {"min_p": 0.05}, {"min_p": 1e-9})
+    ),
+    st.sampled_from((0.5, 1.0, 1.7)),
+    st.integers(0, 10**6),
+)
+def test_the_likely_tokens_decide_as_all_do(vocabulary, spread, cut, temperature, seed):
+    logits = spread * torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    param = params(**{"temperature": temperature, **cut})
+    uniforms = [(seed * 0.618 + index / 7) % 1 for index in range(7)]
+    found = _draw_likely(logits.expand(7, -1), [param] * 7, uniforms)
+    for token, uniform in zip(found, uniforms, strict=True):
+        assert token in (-1, _draw(logits, param, uniform))
+
+
+def test_a_draw_from_a_usual_distribution_sorts_no_vocabulary(monkeypatch):
+    logits = 3 * torch.randn(49152, generator=torch.Generator().manual_seed(0))
+    uniforms = [(index + 0.5) / 50 for index in range(50)]
+    for cut, at_least in [
+        ({"top_p": 0.9, "temperature": 0.8}, 50),
+        ({"top_k": 50}, 50),
+        ({"min_p": 0.05}, 50),
+        ({}, 20),
+    ]:
+        found = _draw_likely(logits.expand(50, -1), [params(**cut)] * 50, uniforms)
+        assert sum(token >= 0 for token in found) >= at_least
