@@ -1,8 +1,8 @@
 """Steps of one token a sequence on a GPU, captured as CUDA graphs: a step is one launch, whatever the number of layers.
 
 A graph's shape is a padded number of rows, the set of their bit-widths and a padded number of pages; it is captured when a
-step first needs it. Where widths meet, which rows have which is an input. Rows that pad write to the pool's scratch page. All
-graphs read the same weights and pages, so a new width or batch size moves nothing.
+step first needs it. Where widths meet, which rows have which is an input. Rows that pad write to the pool's scratch page.
+All graphs read the same weights and pages, so a new width or batch size moves nothing.
 """
 
 from collections.abc import Iterable
