@@ -30,6 +30,19 @@ class Chunk:
         return self.num_tokens == self.sequence.num_pending
 
 
+def by_width(chunks: ReadOnly[Chunk]) -> dict[int, list[Chunk]]:
+    """Chunks by the bit-width that their rows are computed at, narrow ones first, each in the order given.
+
+    Who asked for at least some width is lifted to the widest that a chunk of the step needs.
+    """
+    widest = max((chunk.sequence.bit_width for chunk in chunks), default=0)
+    found: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        precision = chunk.sequence.request.precision
+        found.setdefault(widest if precision.at_least else precision.bit_width, []).append(chunk)
+    return dict(sorted(found.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionGroup:
     """Sequences with the same number of new tokens, attended together."""
@@ -69,11 +82,11 @@ class BatchPlan:
 
 def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> BatchPlan:
     """Lay out chunks of sequences that own enough pages."""
-    ordered = sorted(chunks, key=lambda chunk: chunk.sequence.bit_width)  # stable: arrival order within a width
+    widths = by_width(chunks)
+    ordered = list(chain.from_iterable(widths.values()))
     token_ids: list[int] = []
     positions: list[int] = []
     page_ids: list[int] = []
-    segments: list[WidthSegment] = []
     first_rows: list[int] = []
     for chunk in ordered:
         sequence, start = chunk.sequence, chunk.sequence.num_computed
@@ -83,10 +96,11 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
         new_positions = range(start, start + chunk.num_tokens)
         positions += new_positions
         page_ids += [sequence.pages[position // PAGE_SIZE] for position in new_positions]
-        if segments and segments[-1][0] == sequence.bit_width:
-            segments[-1] = (sequence.bit_width, segments[-1][1], len(token_ids))
-        else:
-            segments.append((sequence.bit_width, row, len(token_ids)))
+    segments: list[WidthSegment] = []
+    stop = 0
+    for width, members in widths.items():
+        start, stop = stop, stop + sum(chunk.num_tokens for chunk in members)
+        segments.append((width, start, stop))
 
     completing = [
         (row + chunk.num_tokens - 1, chunk.sequence)

@@ -8,13 +8,13 @@ All graphs read the same weights and pages, so a new width or batch size moves n
 from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, replace
-from itertools import cycle, groupby
-from typing import Any
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anybit.engine.batch import AttentionGroup, BatchPlan, Chunk
+from anybit.engine.batch import AttentionGroup, BatchPlan, Chunk, by_width
 from anybit.engine.models.cuda_layers import CudaLayers
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.sequence import Sequence
@@ -56,12 +56,19 @@ class StepResult:
     likeliest: list[int]
 
 
+class DecodeRow(NamedTuple):
+    """Where a sequence stands in a step, and the width it is computed at there."""
+
+    row: int
+    bit_width: int
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchedDecode:
-    """A step that the GPU has been given. `rows` are where its sequences stand."""
+    """A step that the GPU has been given; `rows` are those of its sequences."""
 
     sequences: tuple[Sequence, ...]
-    rows: list[int]
+    rows: tuple[DecodeRow, ...]
     shape: StepShape
     logits: Tensor
     likeliest: Tensor  # int64 [padded rows], on the GPU
@@ -72,9 +79,9 @@ class LaunchedDecode:
         """Wait for the step. The logits are overwritten by the next one."""
         self.done.synchronize()
         likeliest = self.copied.tolist()
-        in_order = self.rows == list(range(len(self.rows)))
-        logits = self.logits[: len(self.rows)] if in_order else self.logits[self.rows]
-        return StepResult(logits, [likeliest[row] for row in self.rows])
+        rows = [row for row, _ in self.rows]
+        logits = self.logits[: len(rows)] if rows == list(range(len(rows))) else self.logits[rows]
+        return StepResult(logits, [likeliest[row] for row in rows])
 
 
 class DecodeGraphs:
@@ -99,19 +106,17 @@ class DecodeGraphs:
 
     def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedDecode:
         """Begin to compute the chunks' tokens and to extend the cache by them."""
-        by_width = {
-            width: [chunk.sequence for chunk in equals]
-            for width, equals in groupby(sorted(chunks, key=_bit_width), key=_bit_width)
-        }
-        rows: list[int] = []
+        sequences: list[Sequence] = []
+        rows: list[DecodeRow] = []
         end = 0
-        for members in by_width.values():
+        widths = by_width(chunks)
+        for width, members in widths.items():
             start = end + -end % TILE_TOKENS
             end = start + len(members)
-            rows += range(start, end)
-        shape = StepShape(padded_rows(end), tuple(by_width), _table_pages(chunk.sequence for chunk in chunks))
-        sequences = tuple(sequence for members in by_width.values() for sequence in members)
-        return self._captured(shape).launch(sequences, rows)
+            sequences += [chunk.sequence for chunk in members]
+            rows += [DecodeRow(row, width) for row in range(start, end)]
+        shape = StepShape(padded_rows(end), tuple(widths), _table_pages(sequences))
+        return self._captured(shape).launch(tuple(sequences), tuple(rows))
 
     def launch_after(self, step: LaunchedDecode) -> LaunchedDecode:
         """Begin the next step of the same sequences: each one's token is its likeliest, which only the GPU may know yet."""
@@ -143,10 +148,6 @@ def _table_pages(sequences: Iterable[Sequence]) -> int:
     return padded_pages(max(len(sequence.pages) for sequence in sequences))
 
 
-def _bit_width(chunk: Chunk) -> int:
-    return chunk.sequence.bit_width
-
-
 class _CapturedStep:
     """One graph, and the memory its inputs are written to.
 
@@ -174,7 +175,9 @@ class _CapturedStep:
         with torch.cuda.graph(self._graph, pool=memory):
             self._logits, self._likeliest = _compute(decoder, plan, pool)
 
-    def launch(self, sequences: tuple[Sequence, ...], rows: list[int], tokens: Tensor | None = None) -> LaunchedDecode:
+    def launch(
+        self, sequences: tuple[Sequence, ...], rows: tuple[DecodeRow, ...], tokens: Tensor | None = None
+    ) -> LaunchedDecode:
         """Compute each sequence's newest token, or the one after it, which `tokens` [padded rows] holds on the GPU."""
         self._fill(sequences, rows, 0 if tokens is None else 1)
         if tokens is not None:
@@ -186,7 +189,7 @@ class _CapturedStep:
         done.record()
         return LaunchedDecode(sequences, rows, self._shape, self._logits, self._likeliest, copied, done)
 
-    def _fill(self, sequences: ReadOnly[Sequence], rows: ReadOnly[int], ahead: int) -> None:
+    def _fill(self, sequences: ReadOnly[Sequence], rows: ReadOnly[DecodeRow], ahead: int) -> None:
         """Write the inputs; what no sequence stands in is padding. `ahead` is the distance to tokens known here."""
         count, pages = self._shape.num_rows, self._shape.table_pages
         source = next(self._hosts)
@@ -198,14 +201,14 @@ class _CapturedStep:
         fields[:] = 0
         fields[2] = self._scratch_page
         tables[:] = self._scratch_page
-        for row, sequence in zip(rows, sequences, strict=True):
+        for (row, width), sequence in zip(rows, sequences, strict=True):
             position = sequence.num_computed + ahead
             token = 0 if ahead else sequence.token_ids[position]
             page = sequence.pages[position // PAGE_SIZE]
             fields[:, row] = (token, position, page, position % PAGE_SIZE)
             tables[row, : len(sequence.pages)] = sequence.pages
             if self._shape.is_mixed:
-                tile_widths[row // TILE_TOKENS] = sequence.bit_width
+                tile_widths[row // TILE_TOKENS] = width
         self._inputs.copy_(source, non_blocking=True)
 
     def _plan(self, device: torch.device) -> BatchPlan:

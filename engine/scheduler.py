@@ -83,7 +83,8 @@ class Scheduler:
                 "ask for fewer tokens."
             )
         request = sequence.request
-        if self._config.checkpoint_hash is not None:
+        # What a lifted row leaves in its pages depends on who was beside it: nobody shares such pages.
+        if self._config.checkpoint_hash is not None and not request.precision.at_least:
             sequence.page_keys = PageKeys(
                 root_key(
                     self._config.checkpoint_hash,

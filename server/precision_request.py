@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
-from anybit.engine.precision import Precision
+from anybit.engine.precision import AT_LEAST, Precision
 from anybit.engine.types import ModelInfo
 from anybit.server.config import ALIAS_SUFFIX
 from anybit.server.errors import InvalidRequestError, ModelNotFoundError, shorten
@@ -14,7 +14,7 @@ from anybit.server.protocol.common import GenerationFields
 BIT_WIDTH_HEADER = "X-Bit-Width"
 KV_FORMAT_HEADER = "X-KV-Format"
 
-_WIDTH = re.compile(r"[1-9][0-9]?")
+_PRECISION = re.compile(rf"({AT_LEAST})?([1-9][0-9]?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +45,19 @@ def choose_model(body: GenerationFields, headers: Headers, model_name: str, mode
     alias_width = _alias_width(body.model, model_name)
     if alias_width is not None:
         forms["the model name"] = alias_width
-    widths = {form: _parse_width(text, form, model) for form, text in forms.items()}
-    if len(set(widths.values())) > 1:
-        stated = ", ".join(f"{form} says {width}" for form, width in widths.items())
+    asked = {form: _parse_precision(text, form, model) for form, text in forms.items()}
+    if len(set(asked.values())) > 1:
+        stated = ", ".join(f"{form} says {precision.label}" for form, precision in asked.items())
         raise InvalidRequestError(f"The request disagrees with itself: {stated}.", param="bit_width")
-    width = next(iter(widths.values()), model.default_bit_width)
-    return ModelChoice(body.model or model_name, Precision(width), _choose_kv_format(body, headers, model))
+    precision = next(iter(asked.values()), Precision(model.default_bit_width))
+    return ModelChoice(body.model or model_name, precision, _choose_kv_format(body, headers, model))
 
 
 def check_model_name(requested: str | None, model_name: str, model: ModelInfo) -> None:
     """Raise ModelNotFoundError or InvalidRequestError unless this is a name under which the model answers."""
     alias_width = _alias_width(requested, model_name)
     if alias_width is not None:
-        _parse_width(alias_width, "the model name", model)
+        _parse_precision(alias_width, "the model name", model)
 
 
 def _alias_width(requested: str | None, model_name: str) -> str | None:
@@ -70,9 +70,10 @@ def _alias_width(requested: str | None, model_name: str) -> str | None:
     return alias[1]
 
 
-def _parse_width(text: str, form: str, model: ModelInfo) -> int:
-    if _WIDTH.fullmatch(text) and int(text) in model.bit_widths:
-        return int(text)
+def _parse_precision(text: str, form: str, model: ModelInfo) -> Precision:
+    parts = _PRECISION.fullmatch(text)
+    if parts is not None and int(parts[2]) in model.bit_widths:
+        return Precision(int(parts[2]), at_least=parts[1] is not None)
     param = {"the field bit_width": "bit_width", "the model name": "model"}.get(form, BIT_WIDTH_HEADER)
     offer = ", ".join(map(str, sorted(model.bit_widths)))
     message = f"{form[0].upper()}{form[1:]} asks for the bit-width '{shorten(text)}'; on offer are {offer}."

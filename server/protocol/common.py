@@ -61,7 +61,9 @@ class GenerationFields(RequestModel):
         Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": 16})]
         | Annotated[str, Field(max_length=64)]
         | None
-    ) = Field(default=None, description="Bits of each weight to read; the same as the header X-Bit-Width.")
+    ) = Field(
+        default=None, description='Bits of each weight to read, or "at-least-4"; the same as the header X-Bit-Width.'
+    )
     kv_format: Annotated[str, Field(max_length=64)] | None = Field(
         default=None, description="Format of the KV cache; the same as the header X-KV-Format."
     )

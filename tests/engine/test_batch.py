@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybit.engine.batch import Chunk, plan_batch
+from anybit.engine.precision import Precision
 from anybit.engine.sequence import Sequence
 from tests.fixtures.engine import make_request
 
@@ -33,6 +34,18 @@ def test_rows_are_ordered_by_width_and_then_by_arrival():
     assert plan.positions.tolist() == [0, 0, 0, 1, 0, 1, 0, 1, 2]
     assert plan.sampled == tuple(chunks[index].sequence for index in (1, 4, 3, 0, 2))
     assert plan.sampled_rows.tolist() == [0, 1, 3, 5, 8]
+
+
+def test_at_least_a_width_is_the_widest_that_the_step_needs_anyway():
+    lifted, narrow = Precision(3, at_least=True), Chunk(sequence_at("1", 2, bit_width=2), 2)
+    chunks = [Chunk(sequence_at("2", 1, bit_width=lifted), 1), narrow]
+    assert plan_batch(chunks).segments == ((2, 0, 2), (3, 2, 3))
+    wide = Chunk(sequence_at("3", 1, bit_width=8), 1)
+    plan = plan_batch([*chunks, wide])
+    assert plan.segments == ((2, 0, 2), (8, 2, 4))
+    assert plan.token_ids.tolist() == [1000, 1001, 2000, 3000]
+    alone = [Chunk(sequence_at(str(n), 1, bit_width=Precision(n, at_least=True)), 1) for n in (2, 4)]
+    assert plan_batch(alone).segments == ((4, 0, 2),)
 
 
 def test_one_width_is_one_segment():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from anybit.engine.core import EngineCore
 from anybit.engine.models.decoder import Decoder
+from anybit.engine.precision import Precision
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.sampling import sample
 from anybit.engine.types import FinishReason, SamplingParams
@@ -137,6 +138,22 @@ def test_width_changes_the_answer(model):
 @pytest.mark.parametrize(("max_step_tokens", "max_num_seqs"), [(1000, 8), (256, 8), (64, 3), (17, 8), (7, 5), (1, 2)])
 def test_together_gives_what_each_gets_alone(model, alone, max_step_tokens, max_num_seqs):
     assert_same(model.together(REQUESTS, max_step_tokens=max_step_tokens, max_num_seqs=max_num_seqs), alone)
+
+
+def test_at_least_a_width_is_that_width_alone_and_a_wider_one_in_its_company(model, alone):
+    name, prompt = "lifted", [5, 6, 7, 8, 9]
+
+    def request(precision):
+        return make_request(name, prompt, 6, precision, logit_bias={POISON: -100.0})
+
+    exact = {width: model.alone([request(width)]) for width in (2, 8)}
+    lifted = request(Precision(2, at_least=True))
+    assert_same(model.alone([lifted]), exact[2])
+    company = make_request("company", [9, 8, 7], 12, 8, logit_bias={POISON: -100.0})
+    assert_same(model.together([lifted, company]), exact[8], [name])
+    core, _ = model.core()
+    run(core, [lifted, make_request("long", prompt * 30, 1, Precision(2, at_least=True))])
+    assert core.take_stats().kv_bytes_cached == 0, "pages of lifted rows may be found by others"
 
 
 def test_prompt_longer_than_a_step_gets_the_same_answer(model, alone):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from anybit.engine.precision import Precision
 from tests.server.fake_engine import WIDTHS
 
 
@@ -29,6 +30,21 @@ def test_three_forms_reach_the_engine_as_one(server, width, path):
         assert server.engine.requests[-1].precision.bit_width == width
         texts.add(str(response.json()["choices"]))
     assert len(texts) == 1
+
+
+def test_at_least_a_width_is_asked_for_in_all_three_forms(server):
+    for response in (
+        ask(server, {"X-Bit-Width": "at-least-4"}),
+        ask(server, bit_width="at-least-4"),
+        ask(server, model="tiny@at-least-4bit"),
+    ):
+        assert response.status_code == 200, response.text
+        assert response.headers["x-bit-width"] == "at-least-4"
+        assert response.json()["usage"]["bit_width"] == 4
+        assert server.engine.requests[-1].precision == Precision(4, at_least=True)
+    assert ask(server, {"X-Bit-Width": "at-least-4"}, bit_width=4).status_code == 400
+    assert ask(server, {"X-Bit-Width": "at-least-5"}).status_code == 400
+    assert 'bit_width="at-least-4"' in server.http.get("/metrics").text
 
 
 def test_default_width_is_the_engines(server):
