@@ -1,9 +1,11 @@
 """Chooses the implementation of each operation. Callers name what they want, never how it is done.
 
 On a CPU linear layers run natively where the library was built, on an NVIDIA GPU through kernels that are compiled on
-first use; everything else is portable PyTorch.
+first use, else through Triton; everything else is portable PyTorch.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -46,7 +48,9 @@ def prepare(weight: NestedWeight) -> ServedWeight:
     if cuda.can_pack(weight):
         return fragments.pack(weight)
     if next(iter(weight.chunks.values())).is_cuda:
-        fallbacks.record("cuda_linear", "the GPU's kernels need NVRTC, CUDA's headers and compute capability 8.0")
+        fallbacks.record(
+            "cuda_linear", "the GPU's kernels need NVRTC, CUDA's headers and compute capability 8.0, so Triton computes"
+        )
     return weight
 
 
@@ -59,9 +63,20 @@ def linear(x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bi
         return cpu.linear(x, weight, segments, bias)
     if isinstance(weight, FragmentWeight):
         return cuda.linear(x, weight, segments, bias)
-    parts = [portable_linear.linear(x[start:stop], weight, width) for width, start, stop in segments]
+    multiply = _linear_without_packing(x.is_cuda)
+    parts = [multiply(x[start:stop], weight, width) for width, start, stop in segments]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y if bias is None else y + bias
+
+
+@functools.cache
+def _linear_without_packing(on_gpu: bool) -> Callable[[Tensor, NestedWeight, int], Tensor]:
+    """For weights that no faster kernel here reads: Triton on a GPU, where it is installed, else PyTorch."""
+    if on_gpu and importlib.util.find_spec("triton") is not None:
+        from anybit.kernels.triton import linear as triton_linear  # noqa: PLC0415 - Triton is slow to load
+
+        return triton_linear.linear
+    return portable_linear.linear
 
 
 def activation_error(weight: ServedWeight) -> float:
