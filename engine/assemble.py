@@ -58,8 +58,9 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
 
     dtype = _compute_dtype(config.compute_dtype, device)
     loader = NestedLoader(reader, bit_widths, config.lm_head_bits, device)
-    decoder = build_decoder(model_config, loader, max_model_len, dtype, device)
-    reproducible = device.type == "cpu" or DecodeGraphs.can_serve(decoder)
+    is_fast = config.reproducible is False
+    decoder = build_decoder(model_config, loader, max_model_len, dtype, device, is_fast)
+    reproducible = device.type == "cpu" or (DecodeGraphs.can_serve(decoder) and not is_fast)
     if config.reproducible and not reproducible:
         raise ConfigError("This model has no reproducible kernels for this GPU; use --fast or --device cpu.")
     logger.info("Self-check: %s.", check_loaded(reader, loader.loaded, device))

@@ -19,10 +19,11 @@ from anybit.kernels.cuda.activations import (
     add_norm_quantize,
     add_residual,
     quantize_activations,
+    rms_norm,
 )
 from anybit.kernels.cuda.attention import attend_splits, can_attend
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import TileWidths, multiply, multiply_mixed
+from anybit.kernels.cuda.linear import TileWidths, dequantize, multiply, multiply_mixed
 from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
 from anybit.kvcache.pool import KVPool
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from anybit.engine.models.decoder import DecoderLayer
 
 _HEAD_DIM_MULTIPLE = 64
+_MANY_ROWS = 128  # from here on a weight is better unpacked once
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,19 @@ class _Product:
     weight: FragmentWeight
     bias: Tensor | None
 
-    def __call__(self, inputs: Activations, rows: _Rows, y: Tensor) -> None:
-        """Write the product of `inputs`, which are these rows, to theirs of y [all rows, out]."""
+    def __call__(self, inputs: Activations | Tensor, rows: _Rows, y: Tensor) -> None:
+        """Write the product of `inputs`, which are these rows, to theirs of y [all rows, out].
+
+        Inputs as bfloat16 are multiplied by the library, with the weight as bfloat16 at the rows' one width.
+        """
         part = y[rows.start : rows.stop]
-        if isinstance(rows.widths, TileWidths):
+        if isinstance(inputs, Tensor):
+            if isinstance(rows.widths, TileWidths):
+                raise ValueError("Rows of several widths have no common weight.")
+            torch.mm(inputs, dequantize(self.weight, rows.widths).T, out=part)
+            if self.bias is not None:
+                part += self.bias
+        elif isinstance(rows.widths, TileWidths):
             multiply_mixed(inputs, self.weight, rows.widths, self.bias, part)
         else:
             multiply(inputs, self.weight, rows.widths, self.bias, part)
@@ -77,12 +88,17 @@ class _Layer:
 
 
 class CudaLayers:
-    """Runs all layers; the residual stream stays float32, what passes between kernels has the decoder's dtype."""
+    """Runs all layers; the residual stream stays float32, what passes between kernels has the decoder's dtype.
 
-    def __init__(self, config: DecoderConfig, layers: Sequence[_Layer], dtype: torch.dtype) -> None:
+    Without `is_fast` a row's result depends on that row alone. With it, many rows of one width, such as prompts, are
+    multiplied in bfloat16 by the library, whose order of sums depends on their number.
+    """
+
+    def __init__(self, config: DecoderConfig, layers: Sequence[_Layer], dtype: torch.dtype, is_fast: bool) -> None:
         self._config = config
         self._layers = layers
         self._dtype = dtype
+        self.is_fast = is_fast
 
     def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """float32 [rows, hidden] -> the same tensor, after all layers."""
@@ -123,18 +139,33 @@ class CudaLayers:
         for rows in parts:
             added = None if addition is None else Addition(addition.values[rows.start : rows.stop], addition.gain)
             residual = hidden[rows.start : rows.stop]
-            product(
-                add_norm_quantize(residual, added, norm.weight, norm.eps, product.weight.group_size, self._dtype),
-                rows,
-                y,
-            )
+            inputs: Activations | Tensor
+            if self._is_for_library(rows):
+                if added is not None:
+                    add_residual(residual, added, norm.eps)
+                inputs = rms_norm(residual, norm.weight, norm.eps).to(self._dtype)
+            else:
+                group_size = product.weight.group_size
+                inputs = add_norm_quantize(residual, added, norm.weight, norm.eps, group_size, self._dtype)
+            product(inputs, rows, y)
         return y
+
+    def _is_for_library(self, rows: _Rows) -> bool:
+        many = rows.stop - rows.start >= _MANY_ROWS and isinstance(rows.widths, int)
+        return self.is_fast and many and self._dtype == torch.bfloat16
 
     def _quantized(self, x: Tensor, gate: str | None, product: _Product, parts: Sequence[_Rows]) -> Tensor:
         """The product of x, gated or as it is: [rows, out]."""
         y = self._empty(x.shape[0], product.weight.out_features, x.device)
         for rows in parts:
-            product(quantize_activations(x[rows.start : rows.stop], product.weight.group_size, gate), rows, y)
+            part = x[rows.start : rows.stop]
+            if not self._is_for_library(rows):
+                product(quantize_activations(part, product.weight.group_size, gate), rows, y)
+            elif gate is None:
+                product(part, rows, y)
+            else:
+                gated, up = part.chunk(2, dim=-1)
+                product(dispatch.ACTIVATIONS[gate](gated).mul_(up), rows, y)
         return y
 
     def _attended(
@@ -178,7 +209,9 @@ class CudaLayers:
         return torch.empty(rows, columns, dtype=self._dtype, device=device)
 
 
-def cuda_layers(config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype) -> CudaLayers | None:
+def cuda_layers(
+    config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype, is_fast: bool
+) -> CudaLayers | None:
     """None where a weight is not in fragment order or heads have no kernel."""
     described = [_describe(config, index, layer) for index, layer in enumerate(layers)]
     if any(layer is None for layer in described):
@@ -188,7 +221,7 @@ def cuda_layers(config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: 
             "cuda_layers", f"there is no kernel for heads of {config.head_dim}, so operations run one by one"
         )
         return None
-    return CudaLayers(config, [layer for layer in described if layer is not None], dtype)
+    return CudaLayers(config, [layer for layer in described if layer is not None], dtype, is_fast)
 
 
 def _describe(config: DecoderConfig, index: int, layer: "DecoderLayer") -> _Layer | None:

@@ -91,8 +91,12 @@ def build_decoder(
     max_positions: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    is_fast: bool = False,
 ) -> Decoder:
-    """Assemble a decoder from a loader; linears that share an input are fused (q/k/v, gate/up)."""
+    """Assemble a decoder from a loader; linears that share an input are fused (q/k/v, gate/up).
+
+    `is_fast` permits results of a row to depend on the rows beside it where that is faster (on a GPU).
+    """
     rotary = {
         rope: RotaryEmbedding(rope, config.head_dim, max_positions, device)
         for rope in {layer.rope for layer in config.layers}
@@ -130,5 +134,5 @@ def build_decoder(
     embedding = loader.vocabulary("model.embed_tokens")
     layers = tuple(layer(index) for index in range(config.num_layers))
     head = embedding if config.tie_word_embeddings else loader.vocabulary("lm_head")
-    native = native_layers(config, layers, dtype) or cuda_layers(config, layers, dtype)
+    native = native_layers(config, layers, dtype) or cuda_layers(config, layers, dtype, is_fast)
     return Decoder(config, embedding, layers, norm("model.norm"), head, dtype, torch.device(device), native)

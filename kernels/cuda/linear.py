@@ -18,6 +18,7 @@ from anybit.kernels.nested import NestedWeight
 ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
 _EMBEDDING_THREADS = 256
+_DEQUANTIZE_WARPS = 4
 _FETCHED_BYTES = 12 << 20  # of a weight: as much as memory sends during the kernels between two products
 
 
@@ -137,6 +138,21 @@ def product_constants(
         "SEGMENTS": tiling.segments,
         "DEPTH": tiling.depth,
     }
+
+
+def dequantize(weight: FragmentWeight, bit_width: int) -> Tensor:
+    """The weight at `bit_width`: bfloat16 [out, in]."""
+    out = torch.empty(weight.out_features, weight.in_features, dtype=torch.bfloat16, device=weight.device)
+    constants = _constants(bit_width, weight.group_size, next(iter(weight.parts.values())).dtype)
+    kernel = load_kernel("dequantize", "nested_dequantize", defined(**constants))
+    arguments: list[Argument] = [
+        _describe(weight, bit_width),
+        *pointers(out),
+        *integers(weight.out_features, weight.in_features, weight.row_tiles, weight.column_tiles),
+    ]
+    grid = (weight.column_tiles, -(-weight.row_tiles // _DEQUANTIZE_WARPS), 1)
+    kernel.launch(grid, 32 * _DEQUANTIZE_WARPS, arguments)
+    return out
 
 
 def embedding(token_ids: Tensor, weight: FragmentWeight, bit_width: int) -> Tensor:

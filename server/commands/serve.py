@@ -42,7 +42,7 @@ def serve(
         bool | None,
         typer.Option(
             "--reproducible/--fast",
-            help="Results that do not depend on the batch: always so on a CPU, not yet on a GPU.",
+            help="Results that do not depend on the batch, the default; or a GPU computes prompts in bfloat16.",
             show_default=False,
         ),
     ] = None,

@@ -83,3 +83,19 @@ def test_chunks_and_batch_mates_change_no_bit(decoder):
     steps = plan_batch([Chunk(sequence, 1) for sequence in sequences], decoder.device)
     for sequence, row in zip(steps.sampled, decoder.logits(decoder.forward(steps, pool)), strict=True):
         assert torch.equal(row, alone[sequence.bit_width][len(sequence.token_ids) - 1])
+
+
+@torch.inference_mode()
+def test_prompts_in_fast_mode_are_near_those_that_are_reproducible(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    decoders = [
+        decoder_of(
+            config, NestedLoader(CheckpointReader(checkpoint), BIT_WIDTHS, 8, "cuda"), "cuda", torch.bfloat16, fast
+        )
+        for fast in (False, True)
+    ]
+    assert [decoder.native.is_fast for decoder in decoders] == [False, True]
+    for width in (2, 4, 8):
+        expected, got = (cached_logits(decoder, TOKENS, 140, width, "bf16") for decoder in decoders)
+        assert not torch.equal(got[:140], expected[:140])
+        assert (got - expected).norm() < 0.1 * expected.norm()

@@ -157,3 +157,12 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
             part = slice(4 * tile, 4 * tile + 4)
             alone = cuda.linear(x[part], weight, [(int(of_tiles[tile]), 0, 4)], bias)
             assert torch.equal(y[part], alone)
+
+
+@pytest.mark.parametrize("width", layout.BIT_WIDTHS)
+@pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
+def test_a_dequantized_weight_is_the_oracles_rounded(rows, columns, group_size, width):
+    weight = random_nested(rows, columns, group_size)
+    got = cuda.dequantize(fragments.pack(on_gpu(weight)), width).cpu().float()
+    expected = reference.dequantize(weight, width)
+    assert torch.allclose(got, expected, rtol=2**-8, atol=1e-3)

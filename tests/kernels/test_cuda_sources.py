@@ -58,7 +58,9 @@ def test_the_rest_compiles(architecture):
             defines = {"HEAD_DIM": head_dim, "VALUE": value, "PAGE_VALUE": page_value, "HAS_NORM": 1}
             assert compile_source("rotate", architecture, defines).startswith(ELF)
         for bit_width in BIT_WIDTHS:
-            assert compile_source("embedding", architecture, {"GROUP": group_size, "BITS": bit_width}).startswith(ELF)
+            defines = {"GROUP": group_size, "BITS": bit_width}
+            assert compile_source("embedding", architecture, defines).startswith(ELF)
+            assert compile_source("dequantize", architecture, defines).startswith(ELF)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
