@@ -1,0 +1,280 @@
+// 16 rows of queries and a page of keys and values.
+//
+// Operands come straight from memory, 16 bytes a load. A product's terms may take any order, so in a block of 32
+// dimensions lane (g, c) of a quad supplies dimensions 8c .. 8c+7 of key g; of values it loads 8 dimensions of keys
+// 2c, 2c+1, 2c+8, 2c+9 and pairs the keys: column n of product j is dimension 8n + j of a block of 64.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "digits.cuh"
+
+#ifndef HEAD_DIM  // a multiple of 64
+#define HEAD_DIM 64
+#endif
+#ifndef HAS_WINDOW
+#define HAS_WINDOW 0
+#endif
+#ifndef HAS_SOFTCAP
+#define HAS_SOFTCAP 0
+#endif
+#ifndef STAGED  // whether a block has room for kSplitPages pages
+#define STAGED 0
+#endif
+
+namespace nested {
+
+constexpr int kPage = 64, kSplitPages = 4, kSplit = kPage * kSplitPages;
+constexpr int kTileRows = 16, kWarps = 4;
+constexpr int kKeyBlocks = HEAD_DIM / 32, kValueBlocks = HEAD_DIM / 64;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kNothing = -1e38f;  // a score that nothing has
+
+struct Problem {
+    const Value* q;            // [sequences, tokens, heads, HEAD_DIM]
+    const __nv_bfloat16* keys;  // [pages, kv heads, kPage, HEAD_DIM]
+    const __nv_bfloat16* values;
+    const long long* tables;     // [sequences, pages of a table]
+    const long long* positions;  // [sequences, tokens]
+    Value* out;                  // as q
+    float* partial;              // [sequences, heads, splits, HEAD_DIM], of one token a sequence
+    float2* partial_norm;        // [sequences, heads, splits]: largest score in base 2, sum of weights
+    int tokens, heads, kv_heads, table_pages, window;
+    float scale, softcap;
+};
+
+__device__ inline u32 pair(float a, float b) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<u32*>(&both);
+}
+// The upper halves of two floats and what these leave over.
+__device__ inline void split_pair(float a, float b, u32& high, u32& low) {
+    high = pair(a, b);
+    const float2 rounded = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&high));
+    low = pair(a - rounded.x, b - rounded.y);
+}
+__device__ inline uint4 load_operand(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+__device__ inline void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float of_quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ inline float of_quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Keys and values of a page as they lie in memory, 16 bytes (8 dimensions) a chunk.
+struct PageInMemory {
+    const __nv_bfloat16 *keys, *values;
+
+    __device__ PageInMemory(const Problem& problem, int sequence, int kv_head, int page) {
+        const size_t id = (size_t)problem.tables[(size_t)sequence * problem.table_pages + page];
+        const size_t first = (id * problem.kv_heads + kv_head) * kPage * HEAD_DIM;
+        keys = problem.keys + first;
+        values = problem.values + first;
+    }
+    __device__ void wait_for_keys() const {}
+    __device__ void wait_for_values() const {}
+    __device__ uint4 keys_at(int row, int chunk) const { return load_operand(keys + row * HEAD_DIM + 8 * chunk); }
+    __device__ uint4 values_at(int row, int chunk) const { return load_operand(values + row * HEAD_DIM + 8 * chunk); }
+};
+
+// A page that its warp has copied to shared memory, all of it under way at once. Chunks are swapped so that the eight lanes
+// that read together meet no bank twice.
+constexpr int kChunks = HEAD_DIM / 8, kPageChunks = kPage * kChunks;
+constexpr bool kStaged = STAGED;
+
+struct PageInShared {
+    uint4* chunks;  // [2][kPageChunks]
+
+    __device__ PageInShared(const PageInMemory& page, uint4* chunks) : chunks(chunks) {
+        copy(page.keys, [](int row, int chunk) { return key_place(row, chunk); });
+        copy(page.values, [](int row, int chunk) { return value_place(row, chunk); });
+    }
+    template <class Place>
+    __device__ void copy(const __nv_bfloat16* from, Place place) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int i = 0; i < kPageChunks / 32; ++i) {
+            const int index = i * 32 + lane;
+            const u32 to = (u32)__cvta_generic_to_shared(chunks + place(index / kChunks, index % kChunks));
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + 8 * index) : "memory");
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    static __device__ int key_place(int row, int chunk) { return row * kChunks + (chunk ^ (row % 2 * 4)); }
+    static __device__ int value_place(int row, int chunk) { return kPageChunks + row * kChunks + (chunk ^ (row & 6)); }
+    __device__ void wait_for_keys() const {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        __syncwarp();
+    }
+    __device__ void wait_for_values() const {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncwarp();
+    }
+    __device__ uint4 keys_at(int row, int chunk) const { return chunks[key_place(row, chunk)]; }
+    __device__ uint4 values_at(int row, int chunk) const { return chunks[value_place(row, chunk)]; }
+};
+
+// 16 rows of queries in the order of A fragments.
+struct Queries {
+    u32 high[kKeyBlocks][2][4], low[kKeyBlocks][2][4];
+    int position[2];  // of rows g and g + 8; -1 where there is none
+
+    __device__ void read(const Problem& problem, int sequence, int kv_head, int first_row) {
+        const int lane = threadIdx.x & 31, group = problem.heads / problem.kv_heads;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + lane / 4 + 8 * half, token = row / group, head = kv_head * group + row % group;
+            const bool exists = token < problem.tokens;
+            position[half] = exists ? (int)problem.positions[(size_t)sequence * problem.tokens + token] : -1;
+            const Value* from = problem.q + (((size_t)sequence * problem.tokens + token) * problem.heads + head) * HEAD_DIM;
+#pragma unroll
+            for (int block = 0; block < kKeyBlocks; ++block)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int dim = 32 * block + 8 * (lane % 4) + 2 * i;
+                    const float a = exists ? to_float(from[dim]) * problem.scale : 0.f;
+                    const float b = exists ? to_float(from[dim + 1]) * problem.scale : 0.f;
+                    const int at = i % 2 * 2 + half;
+                    split_pair(a, b, high[block][i / 2][at], low[block][i / 2][at]);
+                }
+        }
+    }
+    __device__ int last() const { return __reduce_max_sync(~0u, max(position[0], position[1])); }
+    __device__ int first() const {
+        const int a = position[0] < 0 ? 0x7fffffff : position[0], b = position[1] < 0 ? 0x7fffffff : position[1];
+        return __reduce_min_sync(~0u, min(a, b));
+    }
+};
+
+// What 16 rows have attended to: weighted values, sums of weights, and the largest score these are relative to.
+struct Attended {
+    float sum[kValueBlocks][8][4];
+    float norm[2], largest[2];
+
+    // The keys of one page, of which `first_key` is the first, as far as the queries see them.
+    template <class Page>
+    __device__ void attend(const Problem& problem, const Queries& queries, const Page& page, int first_key, int last_position) {
+        const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
+        page.wait_for_keys();
+        float score[8][4];
+#pragma unroll
+        for (int tile = 0; tile < 8; ++tile) {
+            score[tile][0] = score[tile][1] = score[tile][2] = score[tile][3] = 0.f;
+#pragma unroll
+            for (int block = 0; block < kKeyBlocks; ++block) {
+                const uint4 k = page.keys_at(8 * tile + g, 4 * block + c);
+                multiply(score[tile], queries.high[block][0], k.x, k.y);
+                multiply(score[tile], queries.high[block][1], k.z, k.w);
+                multiply(score[tile], queries.low[block][0], k.x, k.y);
+                multiply(score[tile], queries.low[block][1], k.z, k.w);
+            }
+        }
+        largest[0] = largest[1] = kNothing;
+#pragma unroll
+        for (int tile = 0; tile < 8; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = first_key + 8 * tile + 2 * c + i % 2, position = queries.position[i / 2];
+                float s = score[tile][i];
+                if (HAS_SOFTCAP) s = problem.softcap * tanhf(s / problem.softcap);
+                const bool seen = key <= position && (!HAS_WINDOW || key > position - problem.window);
+                score[tile][i] = seen ? s * kLog2e : kNothing;
+                largest[i / 2] = fmaxf(largest[i / 2], score[tile][i]);
+            }
+        float reference[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            largest[half] = of_quad_max(largest[half]);
+            reference[half] = largest[half] == kNothing ? 0.f : largest[half];
+            norm[half] = 0.f;
+        }
+#pragma unroll
+        for (int block = 0; block < kValueBlocks; ++block)
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[block][j][i] = 0.f;
+#pragma unroll
+        for (int tile = 0; tile < 8; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                score[tile][i] = power_of_two(score[tile][i] - reference[i / 2]);
+                norm[i / 2] += score[tile][i];
+            }
+        page.wait_for_values();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            u32 high[4], low[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* weights = score[2 * step + i / 2] + 2 * (i % 2);
+                split_pair(weights[0], weights[1], high[i], low[i]);
+            }
+#pragma unroll
+            for (int block = 0; block < kValueBlocks; ++block) {
+                u32 v[4][4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int key = 16 * step + 2 * c + i % 2 + i / 2 * 8;
+                    uint4 loaded = page.values_at(key, 8 * block + g);
+                    // What lies beyond a sequence's end is left over from another; weighted 0, a number that is not finite would remain.
+                    if (first_key + key > last_position) loaded = make_uint4(0, 0, 0, 0);
+                    v[i][0] = loaded.x, v[i][1] = loaded.y, v[i][2] = loaded.z, v[i][3] = loaded.w;
+                }
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const u32 choice = j % 2 ? 0x7632 : 0x5410;
+                    const u32 b0 = __byte_perm(v[0][j / 2], v[1][j / 2], choice), b1 = __byte_perm(v[2][j / 2], v[3][j / 2], choice);
+                    multiply(sum[block][j], high, b0, b1);
+                    multiply(sum[block][j], low, b0, b1);
+                }
+            }
+        }
+        norm[0] = of_quad_sum(norm[0]);
+        norm[1] = of_quad_sum(norm[1]);
+    }
+};
+
+// How two neighbours merge: factors of what came before and of what is added.
+__device__ inline float2 merge_factors(float& largest, float added) {
+    const float highest = fmaxf(largest, added), reference = highest == kNothing ? 0.f : highest;
+    const float2 factors = make_float2(power_of_two(largest - reference), power_of_two(added - reference));
+    largest = highest;
+    return factors;
+}
+__device__ inline float merged(float before, float added, float2 factors) {
+    return __fmaf_rn(added, factors.y, __fmul_rn(before, factors.x));
+}
+// The first page that a position sees.
+__device__ inline int first_page(const Problem& problem, int position) {
+    return HAS_WINDOW ? max(position - problem.window + 1, 0) / kPage : 0;
+}
+
+// A running merge of rows' sums, in the order in which they are added.
+struct Merged {
+    float largest = kNothing, norm = 0.f;
+
+    __device__ float2 add(float added_largest, float added_norm) {
+        const float2 factors = merge_factors(largest, added_largest);
+        norm = merged(norm, added_norm, factors);
+        return factors;
+    }
+};
+
+}  // namespace nested
