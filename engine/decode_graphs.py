@@ -21,12 +21,14 @@ from anybit.engine.sequence import Sequence
 from anybit.kernels import dispatch
 from anybit.kernels.cuda.activations import TILE_TOKENS, num_token_tiles
 from anybit.kernels.cuda.linear import TileWidths
+from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import PAGE_SIZE
 
 _MAX_ROWS = 256
 _FEWEST_PAGES, _MORE_PAGES = 8, 4  # tables have 8, 32, 128, ... pages
 _ROW_FIELDS = 4  # token, position, page, offset
+_MAX_SHAPES = 64
 _WARM_UP_RUNS = 2  # kernels are compiled and loaded before the capture
 
 
@@ -91,7 +93,9 @@ class DecodeGraphs:
         self._decoder = decoder
         self._pool = pool
         self._memory = torch.cuda.graph_pool_handle()
-        self._steps: dict[StepShape, _CapturedStep] = {}
+        most_rows = padded_rows(_MAX_ROWS + TILE_TOKENS * len(BIT_WIDTHS))
+        self._logits = torch.empty(most_rows, decoder.config.vocab_size, device=decoder.device)
+        self._steps: dict[StepShape, _CapturedStep] = {}  # the least recently used first
 
     @staticmethod
     def can_serve(decoder: Decoder) -> bool:
@@ -124,9 +128,14 @@ class DecodeGraphs:
         return self._captured(shape).launch(step.sequences, step.rows, step.likeliest)
 
     def _captured(self, shape: StepShape) -> "_CapturedStep":
-        if shape not in self._steps:
-            self._steps[shape] = _CapturedStep(shape, self._decoder, self._pool, self._memory)
-        return self._steps[shape]
+        step = self._steps.pop(shape, None)
+        if step is None:
+            if len(self._steps) == _MAX_SHAPES:
+                torch.cuda.synchronize()
+                del self._steps[next(iter(self._steps))]
+            step = _CapturedStep(shape, self._decoder, self._pool, self._memory, self._logits)
+        self._steps[shape] = step
+        return step
 
 
 def padded_rows(count: int) -> int:
@@ -154,8 +163,10 @@ class _CapturedStep:
     A step may be launched while the one before it runs, so what is copied from and to the host has two places.
     """
 
-    def __init__(self, shape: StepShape, decoder: Decoder, pool: KVPool, memory: Any) -> None:
+    def __init__(self, shape: StepShape, decoder: Decoder, pool: KVPool, memory: Any, logits: Tensor) -> None:
+        """`memory` and `logits` [rows, vocab] are common to all graphs, of which one runs at a time."""
         self._shape = shape
+        self._logits = logits[: shape.num_rows]
         rows, pages = shape.num_rows, shape.table_pages
         device = decoder.device
         self._scratch_page = pool.scratch_page
@@ -169,11 +180,11 @@ class _CapturedStep:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
-                _compute(decoder, plan, pool)
+                self._compute(decoder, plan, pool)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=memory):
-            self._logits, self._likeliest = _compute(decoder, plan, pool)
+            self._likeliest = self._compute(decoder, plan, pool)
 
     def launch(
         self, sequences: tuple[Sequence, ...], rows: tuple[DecodeRow, ...], tokens: Tensor | None = None
@@ -211,6 +222,11 @@ class _CapturedStep:
                 tile_widths[row // TILE_TOKENS] = width
         self._inputs.copy_(source, non_blocking=True)
 
+    def _compute(self, decoder: Decoder, plan: BatchPlan, pool: KVPool) -> Tensor:
+        """The likeliest tokens; what is kept of a graph's own memory is these alone."""
+        self._logits.copy_(decoder.logits(decoder.forward(plan, pool)))
+        return dispatch.greedy(self._logits)
+
     def _plan(self, device: torch.device) -> BatchPlan:
         count, pages = self._shape.num_rows, self._shape.table_pages
         fields = self._inputs[: _ROW_FIELDS * count].view(_ROW_FIELDS, count)
@@ -231,8 +247,3 @@ class _CapturedStep:
             scored=(),
             tile_widths=tile_widths if self._shape.is_mixed else None,
         )
-
-
-def _compute(decoder: Decoder, plan: BatchPlan, pool: KVPool) -> tuple[Tensor, Tensor]:
-    logits = decoder.logits(decoder.forward(plan, pool))
-    return logits, dispatch.greedy(logits)
