@@ -14,6 +14,7 @@ SHAPES = {
     "three widths": ((2, 1, 0), 4, 7, 64),
     "all widths of a byte": ((6, 5, 4, 2, 0), 8, 5, 32),
     "a long group": ((2, 0), 4, 3, 128),
+    "one width of six bits": ((0,), 6, 5, 32),
 }
 
 
@@ -59,6 +60,19 @@ def test_portable(shape, with_origin):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native(shape, with_origin):
     check(cpu.choose_codes, shape, with_origin)
+
+
+@native_only
+@pytest.mark.parametrize("num_codes", [32, 64, 256])
+def test_the_nearest_of_many_codes_is_found_without_trying_all(num_codes):
+    targets, weights = 3 * torch.randn(1, 9, 64), torch.rand(1, 64) + 0.1
+    scale = torch.rand(1, 9) * 8 / num_codes
+    scale[0, 3], scale[0, 5] = 0.0, -scale[0, 5]
+    zero, coupling = -scale * num_codes / 2, torch.zeros(1, 64, 64)
+    _, values = cpu.choose_codes(targets.clone(), None, coupling, weights, scale, zero, (0,), num_codes)
+    levels = torch.arange(num_codes)[:, None, None] * scale[0, :, None] + zero[0, :, None]
+    nearest = (levels - targets[0]).abs().amin(0)
+    assert torch.allclose((values - targets)[0].abs(), nearest, rtol=0, atol=1e-5)
 
 
 @native_only

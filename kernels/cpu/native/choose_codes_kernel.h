@@ -20,6 +20,19 @@ static inline int64_t first_largest(const Floats* values, int64_t count) {
     return kMaxCodes - (int64_t)max_lanes(ranks);
 }
 
+// The code of one width whose level is nearest: rounded, and its neighbours looked at, as rounding may just miss it.
+static inline int64_t nearest_code(const float* levels, int64_t num_codes, float target) {
+    const float step = levels[1] - levels[0], position = step == 0.0f ? 0.0f : (target - levels[0]) / step;
+    const int64_t rounded = (int64_t)__builtin_fminf(__builtin_fmaxf(position + 0.5f, 0.0f), (float)(num_codes - 1));
+    const int64_t first = rounded > 0 ? rounded - 1 : 0, last = rounded + 1 < num_codes ? rounded + 1 : num_codes - 1;
+    int64_t chosen = first;
+    for (int64_t code = first + 1; code <= last; ++code) {
+        const float best = levels[chosen] - target, error = levels[code] - target;
+        if (error * error < best * best) chosen = code;
+    }
+    return chosen;
+}
+
 // Rows row .. row + kTogether - 1. What one column's code costs is a chain of dependent operations, so that several rows
 // side by side take hardly longer than one.
 template <int kCount, int kVectors, int kTogether>
@@ -38,6 +51,10 @@ static void choose_together(const CodeBlock& block, int64_t row) {
     for (int64_t column = 0; column < columns; ++column) {
         int64_t chosen[kTogether];
         for (int t = 0; t < kTogether; ++t) {
+            if (kCount == 1 && kVectors > 1 && block.shifts[0] == 0) {
+                chosen[t] = nearest_code(levels[t][0], block.num_codes, target[t][0][column]);
+                continue;
+            }
             Floats gain[kVectors];  // cost with its sign turned
             for (int i = 0; i < kVectors; ++i) {
                 gain[i] = broadcast(0.0f);
@@ -71,15 +88,18 @@ static void choose_together(const CodeBlock& block, int64_t row) {
 
 constexpr int kRowsTogether = 4;
 
+template <int kCount, int kVectors>
+static void choose_rows_together(const CodeBlock& block, int64_t first, int64_t last) {
+    int64_t row = first;
+    for (; row + kRowsTogether <= last; row += kRowsTogether) choose_together<kCount, kVectors, kRowsTogether>(block, row);
+    for (; row < last; ++row) choose_together<kCount, kVectors, 1>(block, row);
+}
+
 template <int kCount>
 static void choose_rows(const CodeBlock& block, int64_t first, int64_t last) {
-    if (block.num_codes > kBlockRows) {
-        for (int64_t row = first; row < last; ++row) choose_together<kCount, kMaxCodeVectors, 1>(block, row);
-        return;
-    }
-    int64_t row = first;
-    for (; row + kRowsTogether <= last; row += kRowsTogether) choose_together<kCount, 1, kRowsTogether>(block, row);
-    for (; row < last; ++row) choose_together<kCount, 1, 1>(block, row);
+    if (block.num_codes <= kBlockRows) return choose_rows_together<kCount, 1>(block, first, last);
+    if (kCount == 1) return choose_rows_together<kCount, kMaxCodeVectors>(block, first, last);
+    for (int64_t row = first; row < last; ++row) choose_together<kCount, kMaxCodeVectors, 1>(block, row);
 }
 
 static void choose_codes(const CodeBlock& block, int64_t first, int64_t last) {
