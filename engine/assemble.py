@@ -60,16 +60,19 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     loader = NestedLoader(reader, bit_widths, config.lm_head_bits, device)
     is_fast = config.reproducible is False
     decoder = build_decoder(model_config, loader, max_model_len, dtype, device, is_fast)
-    reproducible = device.type == "cpu" or (DecodeGraphs.can_serve(decoder) and not is_fast)
-    if config.reproducible and not reproducible:
-        raise ConfigError("This model has no reproducible kernels for this GPU; use --fast or --device cpu.")
     logger.info("Self-check: %s.", check_loaded(reader, loader.loaded, device))
     spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
     num_pages = _num_pages(config, spec, max_model_len, device)
+    pool = KVPool(spec, num_pages, device)
+    reproducible = device.type == "cpu" or (DecodeGraphs.can_serve(decoder, pool) and not is_fast)
+    if config.reproducible and not reproducible:
+        raise ConfigError(
+            "This model has no reproducible kernels for this GPU and KV format; use --fast or --device cpu."
+        )
     checkpoint_hash = manifest_sha256(directory)
     prefix_identity = checkpoint_hash if config.prefix_cache else None
     core = EngineCore(
-        Runner(decoder, KVPool(spec, num_pages, device)),
+        Runner(decoder, pool),
         Scheduler(
             spec,
             num_pages,

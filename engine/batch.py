@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.sequence import Sequence
-from anybit.kernels.cuda.linear import TileWidths
-from anybit.kernels.dispatch import WidthSegment
+from anybit.kernels.widths import TileWidths, WidthSegment
 from anybit.kvcache.spec import PAGE_SIZE
 
 

@@ -20,8 +20,8 @@ from anybit.engine.models.decoder import Decoder
 from anybit.engine.sequence import Sequence
 from anybit.kernels import dispatch
 from anybit.kernels.cuda.activations import TILE_TOKENS, num_token_tiles
-from anybit.kernels.cuda.linear import TileWidths
 from anybit.kernels.layout import BIT_WIDTHS
+from anybit.kernels.widths import TileWidths
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -98,9 +98,9 @@ class DecodeGraphs:
         self._steps: dict[StepShape, _CapturedStep] = {}  # the least recently used first
 
     @staticmethod
-    def can_serve(decoder: Decoder) -> bool:
-        """Whether all of the decoder's layers can be captured."""
-        return isinstance(decoder.native, CudaLayers)
+    def can_serve(decoder: Decoder, pool: KVPool) -> bool:
+        """Whether all layers, over these pages, are kernels that can be captured and that fix the order of sums."""
+        return isinstance(decoder.native, CudaLayers) and decoder.native.can_attend(pool)
 
     def covers(self, chunks: ReadOnly[Chunk]) -> bool:
         """Whether these chunks are a decode step: the newest token of each sequence, and no token of a prompt to score."""

@@ -51,7 +51,7 @@ class Runner:
     def __init__(self, decoder: Decoder, pool: KVPool) -> None:
         self._decoder = decoder
         self._pool = pool
-        self._graphs = DecodeGraphs(decoder, pool) if DecodeGraphs.can_serve(decoder) else None
+        self._graphs = DecodeGraphs(decoder, pool) if DecodeGraphs.can_serve(decoder, pool) else None
 
     @torch.inference_mode()
     def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedStep:

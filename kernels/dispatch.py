@@ -30,12 +30,9 @@ from anybit.kernels.portable import greedy as portable_greedy
 from anybit.kernels.portable import linear as portable_linear
 from anybit.kernels.portable import norm as portable_norm
 from anybit.kernels.portable.fixed_point import ACTIVATION_ERROR as PORTABLE_ACTIVATION_ERROR
+from anybit.kernels.widths import WidthSegment
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": elementwise.silu, "gelu_tanh": elementwise.gelu_tanh}
-
-WidthSegment = tuple[int, int, int]
-"""Rows start .. stop−1 of a batch and the bit-width they are computed at: (bit_width, start, stop)."""
-
 
 ServedWeight = NestedWeight | PackedWeight | FragmentWeight
 """A nested weight in the order that checkpoints have, or in the one that a CPU's or a GPU's kernels read."""
@@ -106,7 +103,7 @@ def paged_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """Causal attention over paged keys and values; shapes in `kernels.portable.attention.paged_attention`."""
-    if cuda_attention.can_attend(q, k_pages):
+    if q.is_cuda and cuda_attention.can_attend(q.dtype, k_pages):
         return cuda_attention.paged_attention(
             q, k_pages, v_pages, block_tables, positions, scale, window=window, softcap=softcap
         )

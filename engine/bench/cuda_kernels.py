@@ -74,7 +74,6 @@ def bench_cuda_kernels(
         "device": describe_device(_DEVICE),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "copy_gb_per_second": bandwidth / 1e9,
-        "read_gb_per_second": bandwidth / 1e9,
         "rows": rows,
     }
 

@@ -33,15 +33,6 @@ class RandomLoader:
     def __init__(
         self, config: DecoderConfig, bit_widths: Sequence[int], lm_head_bits: int, device: torch.device
     ) -> None:
-        self._rows = {
-            "q_proj": config.num_heads * config.head_dim,
-            "k_proj": config.num_kv_heads * config.head_dim,
-            "v_proj": config.num_kv_heads * config.head_dim,
-            "o_proj": config.hidden_size,
-            "gate_proj": config.intermediate_size,
-            "up_proj": config.intermediate_size,
-            "down_proj": config.hidden_size,
-        }
         self._columns = {
             "o_proj": config.num_heads * config.head_dim,
             "down_proj": config.intermediate_size,
@@ -55,7 +46,8 @@ class RandomLoader:
 
     def linear(self, prefixes: Sequence[str], bias: bool) -> NestedLinear:
         names = [prefix.rsplit(".", 1)[-1] for prefix in prefixes]
-        rows, columns = sum(self._rows[name] for name in names), self._columns.get(names[0], self._config.hidden_size)
+        rows = sum(self._config.outputs_of(name) for name in names)
+        columns = self._columns.get(names[0], self._config.hidden_size)
         weight = random_weight(Shape(rows, columns), _GROUP_SIZE, self._bit_widths, self._device)
         for width in self._bit_widths:
             self.linear_bytes[width] += weight.bytes_read(width)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybit.kernels import dispatch
-from anybit.kernels.dispatch import ServedWeight, WidthSegment
+from anybit.kernels.dispatch import ServedWeight
+from anybit.kernels.widths import WidthSegment
 
 
 class Linear(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anybit.engine.layers.linear import Linear
-from anybit.kernels.dispatch import WidthSegment
+from anybit.kernels.widths import WidthSegment
 
 
 @dataclass(frozen=True, slots=True)

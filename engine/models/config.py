@@ -65,6 +65,18 @@ class DecoderConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def outputs_of(self, linear: str) -> int:
+        """Rows of one of a layer's weights, by the last part of its Hugging Face name, such as "q_proj"."""
+        return {
+            "q_proj": self.num_heads * self.head_dim,
+            "k_proj": self.num_kv_heads * self.head_dim,
+            "v_proj": self.num_kv_heads * self.head_dim,
+            "o_proj": self.hidden_size,
+            "gate_proj": self.intermediate_size,
+            "up_proj": self.intermediate_size,
+            "down_proj": self.hidden_size,
+        }[linear]
+
     @property
     def attention_scale(self) -> float:
         return float(self.head_dim**-0.5) if self.query_scale is None else self.query_scale

@@ -23,8 +23,9 @@ from anybit.kernels.cuda.activations import (
 )
 from anybit.kernels.cuda.attention import attend_splits, can_attend
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import TileWidths, dequantize, multiply, multiply_mixed
+from anybit.kernels.cuda.linear import dequantize, multiply, multiply_mixed
 from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
+from anybit.kernels.widths import TileWidths
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ class CudaLayers:
             add_residual(hidden, addition, self._config.rms_norm_eps)
         return hidden
 
+    def can_attend(self, pool: KVPool) -> bool:
+        """Whether attention over these pages has a kernel: what takes its place can neither be captured nor is it exact."""
+        return can_attend(self._dtype, pool.keys(0))
+
     def _normed(
         self,
         hidden: Tensor,
@@ -173,20 +178,11 @@ class CudaLayers:
     ) -> Tensor:
         """The output projection of attention: [rows, hidden]."""
         rows = len(q)
-        scale, softcap = self._config.attention_scale, self._config.attention_softcap
+        settings = (self._config.attention_scale, layer.window, self._config.attention_softcap)
         group = plan.attention_groups[0]
-        if group.row_ids.shape == (rows, 1) and can_attend(q, keys):
+        if group.row_ids.shape == (rows, 1) and can_attend(q.dtype, keys):
             # One token of each sequence, in the order of the rows: the merge of splits gives fixed point numbers at once.
-            splits = attend_splits(
-                q[:, None],
-                keys,
-                values,
-                group.block_tables,
-                group.positions,
-                scale,
-                layer.window,
-                softcap,
-            )
+            splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
             y = self._empty(rows, layer.output.weight.out_features, q.device)
             for part in parts:
                 layer.output(splits.quantized(part.start, part.stop, layer.output.weight.group_size), part, y)
@@ -194,14 +190,7 @@ class CudaLayers:
         attended = torch.empty_like(q)
         for group in plan.attention_groups:
             attended[group.row_ids] = dispatch.paged_attention(
-                q[group.row_ids],
-                keys,
-                values,
-                group.block_tables,
-                group.positions,
-                scale,
-                layer.window,
-                softcap,
+                q[group.row_ids], keys, values, group.block_tables, group.positions, *settings
             )
         return self._quantized(attended.view(rows, -1), None, layer.output, parts)
 

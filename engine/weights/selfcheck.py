@@ -31,6 +31,7 @@ from anybit.kernels.cpu.bindings import is_native
 from anybit.kernels.cpu.threads import one_thread
 from anybit.kernels.dispatch import ServedWeight
 from anybit.kernels.nested import NestedWeight
+from anybit.kernels.widths import WidthSegment
 
 NUM_TILES = 1000
 # At most a second or three on one thread of PyTorch's kernels, or of native ones without vector instructions.
@@ -164,7 +165,7 @@ class _Probe:
         return _Probe({key: row for row, key in enumerate(keys)}, values, x.view(len(keys), shape.in_features))
 
     @property
-    def segments(self) -> list[dispatch.WidthSegment]:
+    def segments(self) -> list[WidthSegment]:
         widths = [width for width, _ in self.rows]
         return [
             (width, widths.index(width), widths.index(width) + widths.count(width)) for width in sorted(set(widths))

@@ -31,17 +31,17 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def can_attend(q: Tensor, k_pages: Tensor) -> bool:
-    """Whether the kernels know these number types and sizes, and can be built here."""
+def can_attend(dtype: torch.dtype, k_pages: Tensor) -> bool:
+    """Whether the kernels know queries of this type and pages like these, and can be built here."""
     _, _, page_size, head_dim = k_pages.shape
     return (
-        q.dtype in VALUES
+        dtype in VALUES
         and k_pages.dtype == torch.bfloat16
         and page_size == _PAGE
         and head_dim % _BLOCK == 0
         and head_dim <= _MAX_HEAD_DIM
-        and can_launch(q.device)
-        and _rows_shared_bytes(head_dim) <= max_shared_bytes(q.device)
+        and can_launch(k_pages.device)
+        and _rows_shared_bytes(head_dim) <= max_shared_bytes(k_pages.device)
     )
 
 
@@ -61,7 +61,7 @@ def paged_attention(
     if tokens == 1:
         return attend_splits(q, k_pages, v_pages, block_tables, positions, scale, window, softcap).merged()
     out = torch.empty_like(q)
-    problem = _problem(q, k_pages, v_pages, block_tables, positions, scale, window, softcap)
+    problem = _problem((q, k_pages, v_pages, block_tables, positions), scale, window, softcap)
     problem.out = out.data_ptr()
     row_tiles = -(-tokens * (heads // k_pages.shape[1]) // _ROWS)
     shared_bytes = _rows_shared_bytes(head_dim)
@@ -127,7 +127,7 @@ def attend_splits(
     splits = -(-block_tables.shape[1] // _SPLIT_PAGES)
     sums = torch.empty(sequences, heads, splits, head_dim, device=q.device)
     norms = torch.empty(sequences, heads, splits, 2, device=q.device)
-    problem = _problem(q, k_pages, v_pages, block_tables, positions, scale, window, softcap)
+    problem = _problem((q, k_pages, v_pages, block_tables, positions), scale, window, softcap)
     problem.partial, problem.partial_norm = sums.data_ptr(), norms.data_ptr()
     # Pages are copied to shared memory, all of them at once, where it has room for them.
     staged_bytes = _SPLIT_PAGES * 2 * _PAGE * head_dim * k_pages.element_size()
@@ -145,30 +145,13 @@ def _rows_shared_bytes(head_dim: int) -> int:
     return 2 * _WARPS * _ROWS * head_dim * 4
 
 
-def _problem(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_tables: Tensor,
-    positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> _Problem:
-    _, tokens, heads, _ = q.shape
+def _problem(tensors: tuple[Tensor, ...], scale: float, window: int | None, softcap: float | None) -> _Problem:
+    """`tensors` are queries, pages of keys and of values, block tables and positions."""
+    q, k_pages, _, block_tables, _ = tensors
     return _Problem(
-        **{
-            name: tensor.data_ptr()
-            for name, tensor in [
-                ("q", q),
-                ("keys", k_pages),
-                ("values", v_pages),
-                ("tables", block_tables),
-                ("positions", positions),
-            ]
-        },
-        tokens=tokens,
-        heads=heads,
+        *(tensor.data_ptr() for tensor in tensors),
+        tokens=q.shape[1],
+        heads=q.shape[2],
         kv_heads=k_pages.shape[1],
         table_pages=block_tables.shape[1],
         window=window or 0,

@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,12 +13,12 @@ from anybit.kernels.cuda.fragments import FragmentWeight
 from anybit.kernels.cuda.tuning import Tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.nested import NestedWeight
+from anybit.kernels.widths import TileWidths, WidthSegment
 
 ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
 _EMBEDDING_THREADS = 256
 _DEQUANTIZE_WARPS = 4
-_FETCHED_BYTES = 12 << 20  # of a weight: as much as memory sends during the kernels between two products
 
 
 class _Weight(ctypes.Structure):
@@ -37,23 +36,13 @@ class _MixedWeight(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class TileWidths:
-    """Bit-widths of rows that are computed together: those that may occur, and that of each n-tile of 4 rows."""
-
-    present: tuple[int, ...]
-    of_tiles: Tensor  # int64 [n-tiles], on the GPU
-
-
 def can_pack(weight: NestedWeight) -> bool:
     """Whether the GPU's kernels can be built here and know this weight's number types."""
     part = next(iter(weight.affine.values())).scale
     return part.dtype in PARTS and can_launch(part.device)
 
 
-def linear(
-    x: Tensor, weight: FragmentWeight, segments: Sequence[tuple[int, int, int]], bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: FragmentWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None) -> Tensor:
     """x Ŵᵀ (+ bias), each segment (bit_width, start, stop) of rows at its width: [tokens, in] -> [tokens, out] in x's dtype.
 
     A row's result depends on that row and its width alone.
@@ -109,18 +98,10 @@ def _launch(
         _describe(weight, bit_width) if widths is None else _describe_mixed(weight),
         *pointers(None if widths is None else widths.of_tiles, activations.digits, activations.scales, bias, y),
         *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
-        *integers(fetched_tiles(weight, bit_width, tiling)),
     ]
     passes = activations.digits.shape[0] // token_tiles
     blocks = -(-weight.row_tiles // (tiling.row_warps * tiling.row_tiles))
     kernel.launch((tiling.cluster, passes, blocks), tiling.threads, arguments, shared_bytes)
-
-
-def fetched_tiles(weight: FragmentWeight, bit_width: int, tiling: Tiling) -> int:
-    """Tiles of columns that each warp fetches into the cache before its inputs are there."""
-    of_warp = weight.column_tiles // (tiling.cluster * tiling.column_warps)
-    code_bytes = weight.out_features * weight.in_features * bit_width // 8
-    return min(of_warp, of_warp * _FETCHED_BYTES // code_bytes)
 
 
 def product_constants(

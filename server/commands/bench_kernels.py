@@ -77,8 +77,9 @@ def _parse_shapes(text: str, group_size: int | None) -> tuple[Shape, ...]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    title = f"Linear layers on {report['device']}, read bandwidth {report['read_gb_per_second']:.1f} GB/s"
-    table = Table("bits", "out", "in", "rows", "microseconds", "GB/s", "share of read bandwidth", title=title)
+    kind = "read" if "read_gb_per_second" in report else "copy"
+    title = f"Linear layers on {report['device']}, {kind} bandwidth {report[f'{kind}_gb_per_second']:.1f} GB/s"
+    table = Table("bits", "out", "in", "rows", "microseconds", "GB/s", f"share of {kind} bandwidth", title=title)
     for row in report["rows"]:
         table.add_row(
             row["peer"] or str(row["bit_width"]),

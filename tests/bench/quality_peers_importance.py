@@ -13,7 +13,7 @@ from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import parse_config
 from anybit.engine.weights.loader import DenseLoader
 from anybit.engine.weights.source import SourceModel
-from anybit.kernels.dispatch import WidthSegment
+from anybit.kernels.widths import WidthSegment
 
 
 @dataclass(slots=True)

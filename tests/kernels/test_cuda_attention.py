@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anybit.kernels import fallbacks, reference
+from anybit.kernels import dispatch, fallbacks, reference
 from anybit.kernels.cuda.attention import paged_attention
 from tests.fixtures.nested import normal
 
@@ -100,5 +100,9 @@ def test_numbers_that_are_not_finite_stay_with_their_row():
 def test_no_path_is_counted_as_slower():
     before = fallbacks.snapshot()
     cache = Cache([10], 2, 64)
-    cache.attend(normal(1, 10, 4, 64), torch.arange(10)[None], cache.table())
+    q, keys, values, tables = (t.cuda() for t in (normal(1, 10, 4, 64), cache.keys, cache.values, cache.table()))
+    positions = torch.arange(10, device="cuda")[None]
+    dispatch.paged_attention(q, keys, values, tables, positions, 0.125)
     assert fallbacks.snapshot() == before
+    dispatch.paged_attention(q, keys.float(), values.float(), tables, positions, 0.125)
+    assert fallbacks.snapshot() != before

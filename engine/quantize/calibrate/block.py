@@ -28,16 +28,7 @@ class Site:
 
     def rows(self, config: DecoderConfig) -> list[int]:
         """Outputs of each linear."""
-        outputs = {
-            "q_proj": config.num_heads * config.head_dim,
-            "k_proj": config.num_kv_heads * config.head_dim,
-            "v_proj": config.num_kv_heads * config.head_dim,
-            "o_proj": config.hidden_size,
-            "gate_proj": config.intermediate_size,
-            "up_proj": config.intermediate_size,
-            "down_proj": config.hidden_size,
-        }
-        return [outputs[linear.split(".")[-1]] for linear in self.linears]
+        return [config.outputs_of(linear.split(".")[-1]) for linear in self.linears]
 
 
 SITES = (

@@ -1,5 +1,7 @@
 """The arithmetic of training: bfloat16 products where a device has units for them."""
 
+import functools
+
 import torch
 
 from anybit.engine.machine import cpu_flags
@@ -13,8 +15,11 @@ def training_products(device: torch.device) -> torch.autocast:
 
     Rounding adds a hundredth of what narrow codes do to a product, and such units halve the time of a step or better.
     """
+    return torch.autocast(device.type, torch.bfloat16, enabled=_has_units(device), cache_enabled=False)
+
+
+@functools.cache
+def _has_units(device: torch.device) -> bool:
     if device.type == "cuda":
-        has_units = torch.cuda.get_device_capability(device) >= _AMPERE
-    else:
-        has_units = not _UNITS.isdisjoint(cpu_flags())
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_units, cache_enabled=False)
+        return torch.cuda.get_device_capability(device) >= _AMPERE
+    return not _UNITS.isdisjoint(cpu_flags())

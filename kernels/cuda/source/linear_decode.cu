@@ -30,13 +30,13 @@ constexpr int kSegmentsOfBlock = SEGMENTS / CLUSTER, kSegmentsOfWarp = kSegments
 static_assert(SEGMENTS % (COLUMN_WARPS * CLUSTER) == 0, "a warp takes whole segments");
 
 // A grid of (blocks of a cluster, passes of TOKEN_TILES n-tiles, groups of rows); the passes over the same rows run side by side
-// and find the weights in the cache. Digits and scales are as digits.cuh says. `tile_widths` is read where WIDTHS is defined. A warp's first `fetched` tiles are fetched early.
+// and find the weights in the cache. Digits and scales are as digits.cuh says. `tile_widths` is read where WIDTHS is defined.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 nested_linear_decode(ServedWeight weight, const long long* tile_widths, const uint2* digits, const float2* scales,
-                     const float* bias, Value* y, int tokens, int slots, int rows, int row_tiles, int tiles_k, int fetched) {
+                     const float* bias, Value* y, int tokens, int slots, int rows, int row_tiles, int tiles_k) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % COLUMN_WARPS;
     const int row_tile = (blockIdx.z * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
     const int first_token = blockIdx.y * TOKEN_TILES * kTokens;
@@ -63,11 +63,6 @@ nested_linear_decode(ServedWeight weight, const long long* tile_widths, const ui
 #pragma unroll
             for (int r = 0; r < ROW_TILES; ++r)
                 if (first + d < last) ring[d][r].request(weight, base[r] + first + d, lane);
-        // Nor does fetching more of them, while what came before still leaves the memory idle.
-        if (blockIdx.y == 0)
-            for (int k = first + DEPTH; k < min(first + fetched, last); ++k)
-#pragma unroll
-                for (int r = 0; r < ROW_TILES; ++r) Tile::fetch_ahead(weight, base[r] + k, lane);
         Widths widths;
 #ifdef WIDTHS
 #pragma unroll

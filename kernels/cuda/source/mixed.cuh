@@ -28,7 +28,6 @@ struct Tile {
                     if (at == kNibble ? kReadsNibble : present(width_at(at)))
                         parts[at][group][half] = load(weight.parts[at] + (index * kGroups + group) * kRows + half * 8 + lane / 4);
     }
-    static __device__ void fetch_ahead(const MixedWeight& weight, size_t index, int lane) { fetch(weight, index * 32 + lane); }
 
     // Scale of the high nibble; scale of the low one; zero.
     __device__ float3 floats(int width, int group, int half) const {

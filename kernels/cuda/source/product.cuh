@@ -54,16 +54,6 @@ struct Codes {
     }
 };
 
-// Bring what a later request needs nearer, into the second level cache.
-__device__ inline void fetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-__device__ inline void fetch(const Streams& streams, size_t place) {
-    fetch(static_cast<const void*>(streams.c2 + place));
-    if (kHasC3) fetch(static_cast<const void*>(streams.c3 + place));
-    if (kHasC4) fetch(static_cast<const void*>(streams.c4 + place));
-    if (kHasC6) fetch(static_cast<const void*>(streams.c6 + place));
-    if (kHasC8) fetch(static_cast<const void*>(streams.c8 + place));
-}
-
 __device__ inline u32 moved(u32 v, int right) { return right >= 0 ? v >> right : v << -right; }
 __device__ inline u32 with_bits(u32 v, u32 mask, u32 others) {  // (v & mask) | others
     u32 result;

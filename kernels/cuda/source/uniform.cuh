@@ -21,13 +21,6 @@ struct Tile {
                 if (kHasLow) low[group][half] = load(weight.low + part);
             }
     }
-    static __device__ void fetch_ahead(const Weight& weight, size_t index, int lane) {
-        fetch(weight, index * 32 + lane);
-        if (lane < kGroups * kRows) {
-            fetch(static_cast<const void*>(weight.high + index * kGroups * kRows + lane));
-            if (kHasLow) fetch(static_cast<const void*>(weight.low + index * kGroups * kRows + lane));
-        }
-    }
 };
 
 struct Widths {};  // of the n-tiles: all the same

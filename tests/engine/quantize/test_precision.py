@@ -9,6 +9,13 @@ from anybit.engine.quantize.solve.precision import training_products
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    precision._has_units.cache_clear()
+    yield
+    precision._has_units.cache_clear()
+
+
 @pytest.mark.parametrize(("flags", "expected"), [(["avx2"], torch.float32), (["avx2", "avx512_bf16"], torch.bfloat16)])
 def test_products_are_in_bfloat16_only_where_there_are_units_for_it(monkeypatch, flags, expected):
     monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
