@@ -112,7 +112,7 @@ def test_a_question_beyond_the_servers_context_is_refused(server: LiveServer) ->
 
 def test_a_full_queue_is_waited_for(start: Callable[..., LiveServer]) -> None:
     """Four questions at a time of four choices each, where five sequences may wait."""
-    server = start(FakeEngine(token_seconds=0.01), max_queued_requests=5)
+    server = start(FakeEngine(token_seconds=0.2), max_queued_requests=5)
     report = evaluate(server, replace(OPTIONS, bit_width="4"))
     assert report["tasks"][0]["questions"] == 5
     assert (server.metric("anybit_rejections_total", reason="queue_full") or 0) > 0
