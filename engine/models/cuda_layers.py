@@ -43,6 +43,10 @@ class _Rows:
     stop: int
     widths: int | TileWidths
 
+    @property
+    def is_mixed(self) -> bool:
+        return isinstance(self.widths, TileWidths)
+
 
 @dataclass(frozen=True, slots=True)
 class _Product:
@@ -151,7 +155,9 @@ class CudaLayers:
                 inputs = rms_norm(residual, norm.weight, norm.eps).to(self._dtype)
             else:
                 group_size = product.weight.group_size
-                inputs = add_norm_quantize(residual, added, norm.weight, norm.eps, group_size, self._dtype)
+                inputs = add_norm_quantize(
+                    residual, added, norm.weight, norm.eps, group_size, self._dtype, rows.is_mixed
+                )
             product(inputs, rows, y)
         return y
 
@@ -165,7 +171,7 @@ class CudaLayers:
         for rows in parts:
             part = x[rows.start : rows.stop]
             if not self._is_for_library(rows):
-                product(quantize_activations(part, product.weight.group_size, gate), rows, y)
+                product(quantize_activations(part, product.weight.group_size, gate, rows.is_mixed), rows, y)
             elif gate is None:
                 product(part, rows, y)
             else:
@@ -185,7 +191,8 @@ class CudaLayers:
             splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
             y = self._empty(rows, layer.output.weight.out_features, q.device)
             for part in parts:
-                layer.output(splits.quantized(part.start, part.stop, layer.output.weight.group_size), part, y)
+                inputs = splits.quantized(part.start, part.stop, layer.output.weight.group_size, part.is_mixed)
+                layer.output(inputs, part, y)
             return y
         attended = torch.empty_like(q)
         for group in plan.attention_groups:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anybit.kernels.cuda.activations import Activations
 from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes, pointers
-from anybit.kernels.cuda.fragments import TILE_COLUMNS
+from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_TOKENS
 from anybit.kernels.cuda.values import VALUES
 
 _PAGE = 64  # keys; as in source/attention.cu, like the numbers below
@@ -92,18 +92,19 @@ class SplitAttention:
         kernel.launch(grid, 32 * _MERGED_TOGETHER, [self.problem, *integers(self.splits, sequences)])
         return out
 
-    def quantized(self, start: int, stop: int, group_size: int) -> Activations:
+    def quantized(self, start: int, stop: int, group_size: int, is_mixed: bool) -> Activations:
         """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as fixed point numbers."""
-        activations = Activations.allocate(stop - start, self.q[0].numel(), group_size, self.q.device)
+        columns = self.q[0].numel()
+        activations = Activations.allocate(stop - start, columns, group_size, self.q.device, is_mixed)
         kernel = load_kernel("attention", "merge_quantize", defined(**self.constants, GROUP=group_size))
         arguments: list[Argument] = [
             self.problem,
             *integers(self.splits, start, stop - start),
             *pointers(activations.digits, activations.scales),
-            *integers(activations.slots),
+            *integers(activations.slots, activations.pass_tiles),
         ]
-        token_tiles, column_tiles, _ = activations.digits.shape
-        kernel.launch((column_tiles, token_tiles, 1), 32 * _MERGED_TOGETHER, arguments)
+        token_tiles = activations.slots // TILE_TOKENS
+        kernel.launch((activations.column_tiles, token_tiles, 1), 32 * _MERGED_TOGETHER, arguments)
         return activations
 
 

@@ -81,6 +81,11 @@ def max_shared_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
     """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
     return _load(torch.cuda.current_device(), source, function, defines, shared_bytes)
@@ -99,8 +104,14 @@ def _load(device: int, source: str, function: str, defines: tuple[tuple[str, int
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The target to compile for."""
-    return f"sm_{capability[0]}{capability[1]}"
+    """The target to compile for; Hopper's warpgroup instructions are part of its own."""
+    return f"sm_{capability[0]}{capability[1]}{'a' if capability == _HOPPER else ''}"
+
+
+@functools.cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether products of many rows can use wgmma."""
+    return torch.cuda.get_device_capability(device) == _HOPPER
 
 
 def defined(**constants: int) -> tuple[tuple[str, int], ...]:

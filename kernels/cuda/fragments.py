@@ -20,6 +20,7 @@ from anybit.kernels.nested import NestedWeight
 
 TILE_ROWS = 16
 TILE_COLUMNS = 128
+TILE_TOKENS = 4  # of an n-tile: two digits each make the eight columns of a B fragment
 _STEPS, _LANES, _REGISTERS, _BYTES = 4, 32, 4, 4
 
 

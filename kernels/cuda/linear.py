@@ -10,7 +10,7 @@ from anybit.kernels import layout
 from anybit.kernels.cuda.activations import MAX_TOKEN_TILES, Activations, quantize_activations
 from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, pointers
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.tuning import Tiling, choose_tiling
+from anybit.kernels.cuda.tuning import BatchTiling, Tiling, choose_batch_tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.widths import TileWidths, WidthSegment
@@ -64,10 +64,13 @@ def multiply(
     bit_width: int,
     bias: Tensor | None,
     y: Tensor,
-    tiling: Tiling | None = None,
+    tiling: Tiling | BatchTiling | None = None,
 ) -> None:
-    """Write the product at `bit_width` to y [tokens, out]; bias float32 [out]. `tiling` None takes the tuned one."""
-    _launch(activations, weight, bit_width, bias, y, tiling, None)
+    """Write the product at `bit_width` to y [tokens, out]; bias float32 [out]. `tiling` None takes the best that is known."""
+    if activations.pass_tiles > 1:
+        _launch_batch(activations, weight, bit_width, bias, y, tiling if isinstance(tiling, BatchTiling) else None)
+    else:
+        _launch(activations, weight, bit_width, bias, y, tiling if isinstance(tiling, Tiling) else None, None)
 
 
 def multiply_mixed(
@@ -102,6 +105,45 @@ def _launch(
     passes = activations.digits.shape[0] // token_tiles
     blocks = -(-weight.row_tiles // (tiling.row_warps * tiling.row_tiles))
     kernel.launch((tiling.cluster, passes, blocks), tiling.threads, arguments, shared_bytes)
+
+
+def _launch_batch(
+    activations: Activations,
+    weight: FragmentWeight,
+    bit_width: int,
+    bias: Tensor | None,
+    y: Tensor,
+    tiling: BatchTiling | None,
+) -> None:
+    passes, _, pass_tiles, _ = activations.digits.shape
+    tiling = tiling or choose_batch_tiling(weight.out_features, weight.in_features, bit_width, passes, pass_tiles)
+    shared_bytes = tiling.shared_bytes(pass_tiles, weight.group_size)
+    part_dtype = next(iter(weight.parts.values())).dtype
+    constants = batch_constants(tiling, bit_width, weight.group_size, part_dtype, y.dtype, pass_tiles)
+    kernel = load_kernel("linear_batch", "nested_linear_batch", defined(**constants), shared_bytes)
+    arguments: list[Argument] = [
+        _describe(weight, bit_width),
+        *pointers(activations.digits, activations.scales, bias, y),
+        *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
+    ]
+    blocks = -(-weight.row_tiles // tiling.row_tiles)
+    kernel.launch((tiling.cluster, passes, blocks), tiling.threads, arguments, shared_bytes)
+
+
+def batch_constants(
+    tiling: BatchTiling, bit_width: int, group_size: int, part_dtype: torch.dtype, dtype: torch.dtype, pass_tiles: int
+) -> dict[str, int]:
+    """What `source/linear_batch.cu` is compiled for."""
+    return {
+        **_constants(bit_width, group_size, part_dtype),
+        "VALUE": VALUES[dtype],
+        "PASS_TILES": pass_tiles,
+        "WARPGROUPS": tiling.warpgroups,
+        "CLUSTER": tiling.cluster,
+        "SEGMENTS": tiling.segments,
+        "DEPTH": tiling.depth,
+        "STAGES": tiling.stages,
+    }
 
 
 def product_constants(

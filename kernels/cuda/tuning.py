@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_ROWS
+from anybit.kernels.cuda.driver import max_shared_bytes, num_multiprocessors
+from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_ROWS, TILE_TOKENS
 
 _FEW_ROWS = 8192
 _SIMILAR = 2.5  # factors of two between shapes, at most
 _SUMS_BYTES = 64 * 4  # of one row tile times one n-tile
+_WARPGROUPS, _STAGES = 2, 4
+_BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in tiles of them
+_SMALLEST_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,68 @@ class Tiling:
         if self.segments == 1:
             return 0
         return self.row_warps * self.segments // self.cluster * self.row_tiles * token_tiles * _SUMS_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTiling:
+    """Constants of `source/linear_batch.cu`; `segments` as of a `Tiling`."""
+
+    warpgroups: int
+    cluster: int
+    depth: int
+    stages: int
+    segments: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups
+
+    @property
+    def row_tiles(self) -> int:
+        return 4 * self.warpgroups
+
+    def shared_bytes(self, pass_tiles: int, group_size: int) -> int:
+        pass_tokens = pass_tiles * TILE_TOKENS
+        stage = pass_tiles * 8 * TILE_COLUMNS + TILE_COLUMNS // group_size * pass_tokens * 8
+        places = 1 if self.cluster == 1 else self.segments // self.cluster
+        sums = places * pass_tokens * (64 * self.warpgroups + 8) * 4
+        return self.stages * (stage + 16) + sums
+
+
+def choose_batch_tiling(
+    out_features: int, in_features: int, bit_width: int, passes: int, pass_tiles: int
+) -> BatchTiling:
+    """A tiling that ends soonest if all multiprocessors take equally long for a tile of columns."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return default_batch_tiling(
+        out_features, in_features, bit_width, passes, pass_tiles, num_multiprocessors(device), max_shared_bytes(device)
+    )
+
+
+@functools.cache
+def default_batch_tiling(
+    out_features: int,
+    in_features: int,
+    bit_width: int,
+    passes: int,
+    pass_tiles: int,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> BatchTiling:
+    segments = num_segments(out_features, in_features)
+    column_tiles = -(-in_features // TILE_COLUMNS)
+    fewest, best = math.inf, None
+    for cluster in (1, 2, 4, 8):
+        tiling = BatchTiling(_WARPGROUPS, cluster, 2, _STAGES, segments)
+        if segments % cluster or tiling.shared_bytes(pass_tiles, _SMALLEST_GROUP) > shared_bytes:
+            continue
+        blocks = -(-out_features // (TILE_ROWS * tiling.row_tiles)) * cluster * passes
+        time = -(-blocks // multiprocessors) * (column_tiles / cluster + (_BLOCK_COST if cluster == 1 else _CLUSTER_COST))
+        if time < fewest:
+            fewest, best = time, tiling
+    if best is None:
+        raise ValueError("No block has that much shared memory.")
+    return best
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from anybit.kernels import dispatch, layout, reference
 from anybit.kernels.cuda import activations as cuda_activations
 from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
-from anybit.kernels.cuda.tuning import Tiling, default_tiling
+from anybit.kernels.cuda.driver import has_warpgroups
+from anybit.kernels.cuda.tuning import BatchTiling, Tiling, default_tiling, num_segments
 from anybit.kernels.nested import Affine, NestedWeight
 from tests.fixtures.nested import normal, random_nested, with_noise_below, without_below
 
@@ -97,7 +98,7 @@ def test_a_row_has_the_same_bits_in_any_batch_at_any_place_and_width_beside_it(s
 def test_every_tiling_gives_the_same_bits(width, tokens):
     weight = random_nested(500, 2048, 128)
     served, x = fragments.pack(on_gpu(weight)), normal(tokens, 2048).cuda()
-    activations = cuda.quantize_activations(x, 128)
+    activations = cuda.quantize_activations(x, 128, is_mixed=True)  # so that they are for this kernel
     base = default_tiling(500, 2048, width, activations.digits.shape[0])
     others = [(2, 1, 16, 1, 1), (1, 2, 4, 1, 2), (1, 3, 1, 1, 1), (1, 2, 4, 4, 1), (2, 1, 2, 8, 1)]
     results = []
@@ -107,6 +108,27 @@ def test_every_tiling_gives_the_same_bits(width, tokens):
         results.append(y)
     assert all(torch.equal(result, results[0]) for result in results)
     assert_near_oracle(results[0], x, weight, width)
+
+
+@pytest.mark.parametrize("width", layout.BIT_WIDTHS)
+@pytest.mark.parametrize("shape", [(500, 2048, 128), (70, 576, 64), (9000, 512, 32), (200, 4096, 64)], ids=str)
+def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
+    rows, columns, group_size = shape
+    if not has_warpgroups(torch.device("cuda", 0)):
+        pytest.skip("This GPU has no warpgroup products.")
+    served, bias = fragments.pack(on_gpu(random_nested(*shape))), normal(rows, seed=3).cuda()
+    segments = num_segments(rows, columns)
+    for tokens in (17, 64, 100):
+        x = normal(tokens, columns).cuda().to(torch.bfloat16)
+        expected = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
+        cuda.multiply(cuda.quantize_activations(x, group_size, is_mixed=True), served, width, bias, expected)
+        activations = cuda.quantize_activations(x, group_size)
+        assert activations.pass_tiles > 1
+        for fields in [None, (2, 1, 2, 4), (1, 1, 2, 3), (2, min(segments, 4), 2, 4), (1, min(segments, 8), 2, 2)]:
+            tiling = None if fields is None else BatchTiling(*fields, segments)
+            y = torch.full_like(expected, torch.nan)
+            cuda.multiply(activations, served, width, bias, y, tiling)
+            assert torch.equal(y, expected), (tokens, fields)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -151,7 +173,7 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
         of_tiles = torch.randint(len(widths), (cuda_activations.num_token_tiles(4 * tiles),))
         of_tiles = torch.tensor(widths)[of_tiles].cuda()
         y = torch.empty(4 * tiles, rows, dtype=dtype, device="cuda")
-        inputs = cuda_activations.quantize_activations(x, group_size)
+        inputs = cuda_activations.quantize_activations(x, group_size, is_mixed=True)
         cuda.multiply_mixed(inputs, weight, cuda.TileWidths(tuple(widths), of_tiles), bias, y)
         for tile in range(tiles):
             part = slice(4 * tile, 4 * tile + 4)

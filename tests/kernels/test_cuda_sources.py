@@ -6,8 +6,8 @@ import torch
 from anybit.kernels import fallbacks
 from anybit.kernels.cuda import compiler
 from anybit.kernels.cuda.compiler import CompileError, cached_cubin, can_compile, compile_source
-from anybit.kernels.cuda.linear import product_constants
-from anybit.kernels.cuda.tuning import default_tiling
+from anybit.kernels.cuda.linear import batch_constants, product_constants
+from anybit.kernels.cuda.tuning import BatchTiling, default_tiling
 from anybit.kernels.layout import BIT_WIDTHS
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="NVRTC is packaged for Linux on x86-64 only")
@@ -25,6 +25,14 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
     part_dtype = torch.float32 if dtype == torch.float32 else torch.float16
     constants = product_constants(tiling, bit_width, group_size, part_dtype, dtype, token_tiles)
     assert compile_source("linear_decode", architecture, constants).startswith(ELF)
+
+
+@pytest.mark.parametrize("bit_width", BIT_WIDTHS)
+@pytest.mark.parametrize(("group_size", "pass_tiles", "cluster"), [(128, 16, 1), (64, 8, 4), (32, 16, 2)])
+def test_products_of_warpgroups_compile(bit_width, group_size, pass_tiles, cluster):
+    tiling = BatchTiling(2, cluster, 2, 4, 4)
+    constants = batch_constants(tiling, bit_width, group_size, torch.float16, torch.bfloat16, pass_tiles)
+    assert compile_source("linear_batch", "sm_90a", constants).startswith(ELF)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,7 +15,7 @@ __device__ inline float activated(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-quantize_activations(const Value* x, u32* digits, float2* scales, int tokens, int columns, int slots) {
+quantize_activations(const Value* x, u32* digits, float2* scales, int tokens, int columns, int slots, int pass_tiles) {
     const int lane = threadIdx.x & 31, slot = blockIdx.y * kTokens + threadIdx.x / 32;
     const int tiles = gridDim.x, tile = blockIdx.x, first = tile * kColumns + 4 * lane;
     launch_dependents();
@@ -30,5 +30,5 @@ quantize_activations(const Value* x, u32* digits, float2* scales, int tokens, in
             for (int i = 0; i < 4; ++i) value[i] = activated(value[i]) * up[i];
         }
     }
-    store_digits(value, slot, tile, tiles, slots, digits, scales);
+    store_digits(value, slot, tile, tiles, slots, pass_tiles, digits, scales);
 }

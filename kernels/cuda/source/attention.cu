@@ -114,14 +114,15 @@ merge_rows(Problem problem, int splits, int sequences) {
 
 // The same as fixed point numbers, of sequences from `first_sequence` on; the grid covers all slots.
 extern "C" __global__ void __launch_bounds__(kTokens * 32)
-merge_quantize(Problem problem, int splits, int first_sequence, int sequences, u32* digits, float2* scales, int slots) {
+merge_quantize(Problem problem, int splits, int first_sequence, int sequences, u32* digits, float2* scales, int slots,
+               int pass_tiles) {
     launch_dependents();
     wait_for_inputs();
     const int slot = blockIdx.y * kTokens + threadIdx.x / 32, columns = problem.heads * HEAD_DIM;
     const int first = blockIdx.x * kColumns + 4 * (threadIdx.x & 31);
     float value[4] = {};
     if (slot < sequences && first < columns) merge_splits(problem, splits, first_sequence + slot, first, value);
-    store_digits(value, slot, blockIdx.x, gridDim.x, slots, digits, scales);
+    store_digits(value, slot, blockIdx.x, gridDim.x, slots, pass_tiles, digits, scales);
 }
 
 // Several tokens a sequence. A grid of (row tiles / kWarps, kv heads, sequences); a warp takes 16 rows through all pages.

@@ -1,7 +1,9 @@
-// Activations as fixed point numbers in the order of B fragments: x = step * (128 * d1 + d0), one step per (token, group).
+// Activations as fixed point numbers: x = step * (128 * d1 + d0), one step per (token, group).
 //
-// digits: [n-tiles][column tiles][2][32 lanes] uint4, of which a lane's first half is one step, its second half the next.
-// scales: [groups][slots] (step, step * sum of q), slots being tokens padded to whole n-tiles.
+// digits: [passes][column tiles][n-tiles of a pass] of 1 KiB. Of passes of one n-tile, it is in the order of B fragments:
+// [2][32 lanes] uint4, of which a lane's first half is one step, its second half the next. Of longer passes, it is eight
+// core matrices of 16 columns, [8 digits][16].
+// scales: [groups][slots] (step, step * sum of q), slots being tokens padded to whole passes.
 #pragma once
 #include "nested.cuh"
 
@@ -11,7 +13,8 @@ constexpr float kLargest = 127 * 128 + 63;
 constexpr float kSmallestStep = 1.17549435e-38f;
 
 // A warp's 128 columns of one slot, a lane's four neighbours in `value`; not-a-number for a group that is not finite.
-__device__ inline void store_digits(const float (&value)[4], int slot, int tile, int tiles, int slots, u32* digits, float2* scales) {
+__device__ inline void store_digits(const float (&value)[4], int slot, int tile, int tiles, int slots, int pass_tiles, u32* digits,
+                                    float2* scales) {
     const int lane = threadIdx.x & 31;
     float largest = 0.f;
     bool finite = true;
@@ -41,9 +44,17 @@ __device__ inline void store_digits(const float (&value)[4], int slot, int tile,
     for (int distance = GROUP / 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
 
     const int in_tile = slot % kTokens, in_step = lane / 8, half = lane % 8 / 4, quad = lane % 4;
-    u32* out = digits + ((((size_t)(slot / kTokens) * tiles + tile) * 2 + in_step / 2) * 32) * 4 + in_step % 2 * 2 + half;
-    out[((in_tile * 2 + 0) * 4 + quad) * 4] = high;
-    out[((in_tile * 2 + 1) * 4 + quad) * 4] = low;
+    const int token_tile = slot / kTokens, pass = token_tile / pass_tiles;
+    u32* out = digits + (((size_t)pass * tiles + tile) * pass_tiles + token_tile % pass_tiles) * 256;
+    if (pass_tiles == 1) {
+        out += in_step / 2 * 128 + in_step % 2 * 2 + half + quad * 4;
+        out[(in_tile * 2 + 0) * 16] = high;
+        out[(in_tile * 2 + 1) * 16] = low;
+    } else {
+        out += (in_step * 2 + half) * 32 + quad;
+        out[(in_tile * 2 + 0) * 4] = high;
+        out[(in_tile * 2 + 1) * 4] = low;
+    }
     if (lane % (GROUP / 4) == 0)
         scales[(size_t)(tile * kGroups + lane / (GROUP / 4)) * slots + slot] = make_float2(step, step * sum);
 }
