@@ -116,9 +116,10 @@ def _launch_batch(
     tiling: BatchTiling | None,
 ) -> None:
     passes, _, pass_tiles, _ = activations.digits.shape
-    tiling = tiling or choose_batch_tiling(weight.out_features, weight.in_features, bit_width, passes, pass_tiles)
-    shared_bytes = tiling.shared_bytes(pass_tiles, weight.group_size)
     part_dtype = next(iter(weight.parts.values())).dtype
+    layout_of_block = (bit_width, weight.group_size, part_dtype.itemsize, pass_tiles)
+    tiling = tiling or choose_batch_tiling(weight.out_features, weight.in_features, passes, layout_of_block)
+    shared_bytes = tiling.shared_bytes(*layout_of_block)
     constants = batch_constants(tiling, bit_width, weight.group_size, part_dtype, y.dtype, pass_tiles)
     kernel = load_kernel("linear_batch", "nested_linear_batch", defined(**constants), shared_bytes)
     arguments: list[Argument] = [

@@ -10,13 +10,14 @@ import torch
 
 from anybit.kernels.cuda.driver import max_shared_bytes, num_multiprocessors
 from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_ROWS, TILE_TOKENS
+from anybit.kernels.layout import NIBBLE_BITS
 
 _FEW_ROWS = 8192
 _SIMILAR = 2.5  # factors of two between shapes, at most
 _SUMS_BYTES = 64 * 4  # of one row tile times one n-tile
-_WARPGROUPS, _STAGES = 2, 4
+_WARPGROUPS = 2
+_RINGS = ((6, 4), (4, 4), (4, 3), (3, 3), (2, 2))  # tiles of weights and of digits ahead
 _BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in tiles of them
-_SMALLEST_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,45 +62,51 @@ class BatchTiling:
     def row_tiles(self) -> int:
         return 4 * self.warpgroups
 
-    def shared_bytes(self, pass_tiles: int, group_size: int) -> int:
+    def shared_bytes(self, bit_width: int, group_size: int, part_bytes: int, pass_tiles: int) -> int:
         pass_tokens = pass_tiles * TILE_TOKENS
-        stage = pass_tiles * 8 * TILE_COLUMNS + TILE_COLUMNS // group_size * pass_tokens * 8
+        groups = TILE_COLUMNS // group_size
+        parts = (1 if bit_width <= NIBBLE_BITS else 2) * groups * TILE_ROWS * 2 * part_bytes
+        tiles = self.depth * self.row_tiles * (TILE_ROWS * TILE_COLUMNS * bit_width // 8 + parts)
+        stage = pass_tiles * 8 * TILE_COLUMNS + groups * pass_tokens * 8
         places = 1 if self.cluster == 1 else self.segments // self.cluster
         sums = places * pass_tokens * (64 * self.warpgroups + 8) * 4
-        return self.stages * (stage + 16) + sums
+        return self.stages * (stage + 16) + tiles + sums
 
 
 def choose_batch_tiling(
-    out_features: int, in_features: int, bit_width: int, passes: int, pass_tiles: int
+    out_features: int, in_features: int, passes: int, layout_of_block: tuple[int, int, int, int]
 ) -> BatchTiling:
-    """A tiling that ends soonest if all multiprocessors take equally long for a tile of columns."""
+    """The tiling for the current device; `layout_of_block` is what `BatchTiling.shared_bytes` takes."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return default_batch_tiling(
-        out_features, in_features, bit_width, passes, pass_tiles, num_multiprocessors(device), max_shared_bytes(device)
-    )
+    limits = num_multiprocessors(device), max_shared_bytes(device)
+    return default_batch_tiling(out_features, in_features, passes, layout_of_block, *limits)
 
 
 @functools.cache
 def default_batch_tiling(
     out_features: int,
     in_features: int,
-    bit_width: int,
     passes: int,
-    pass_tiles: int,
+    layout_of_block: tuple[int, int, int, int],
     multiprocessors: int,
     shared_bytes: int,
 ) -> BatchTiling:
+    """What ends soonest if every multiprocessor takes equally long for a tile of columns."""
     segments = num_segments(out_features, in_features)
     column_tiles = -(-in_features // TILE_COLUMNS)
     fewest, best = math.inf, None
     for cluster in (1, 2, 4, 8):
-        tiling = BatchTiling(_WARPGROUPS, cluster, 2, _STAGES, segments)
-        if segments % cluster or tiling.shared_bytes(pass_tiles, _SMALLEST_GROUP) > shared_bytes:
+        if segments % cluster:
             continue
-        blocks = -(-out_features // (TILE_ROWS * tiling.row_tiles)) * cluster * passes
-        time = -(-blocks // multiprocessors) * (column_tiles / cluster + (_BLOCK_COST if cluster == 1 else _CLUSTER_COST))
+        tilings = [BatchTiling(_WARPGROUPS, cluster, depth, stages, segments) for depth, stages in _RINGS]
+        fitting = [tiling for tiling in tilings if tiling.shared_bytes(*layout_of_block) <= shared_bytes]
+        if not fitting:
+            continue
+        blocks = -(-out_features // (TILE_ROWS * fitting[0].row_tiles)) * cluster * passes
+        other_work = _BLOCK_COST if cluster == 1 else _CLUSTER_COST
+        time = -(-blocks // multiprocessors) * (column_tiles / cluster + other_work)
         if time < fewest:
-            fewest, best = time, tiling
+            fewest, best = time, fitting[0]
     if best is None:
         raise ValueError("No block has that much shared memory.")
     return best

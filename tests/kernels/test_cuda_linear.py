@@ -124,7 +124,7 @@ def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
         cuda.multiply(cuda.quantize_activations(x, group_size, is_mixed=True), served, width, bias, expected)
         activations = cuda.quantize_activations(x, group_size)
         assert activations.pass_tiles > 1
-        for fields in [None, (2, 1, 2, 4), (1, 1, 2, 3), (2, min(segments, 4), 2, 4), (1, min(segments, 8), 2, 2)]:
+        for fields in [None, (2, 1, 3, 4), (1, 1, 2, 3), (3, 1, 2, 3), (2, min(segments, 4), 2, 2), (1, min(segments, 8), 5, 2)]:
             tiling = None if fields is None else BatchTiling(*fields, segments)
             y = torch.full_like(expected, torch.nan)
             cuda.multiply(activations, served, width, bias, y, tiling)
