@@ -20,6 +20,7 @@ from anybit.engine.models.decoder import Decoder
 from anybit.engine.sequence import Sequence
 from anybit.kernels import dispatch
 from anybit.kernels.cuda.activations import num_token_tiles
+from anybit.kernels.cuda.fragments import TILE_TOKENS
 from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kernels.widths import TileWidths
 from anybit.kvcache.pool import KVPool

@@ -23,7 +23,7 @@ from anybit.kernels.cuda.activations import (
 )
 from anybit.kernels.cuda.attention import attend_splits, can_attend
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import dequantize, multiply, multiply_mixed
+from anybit.kernels.cuda.linear import choose_pass_tiles, dequantize, multiply, multiply_mixed
 from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
 from anybit.kernels.widths import TileWidths
 from anybit.kvcache.pool import KVPool
@@ -43,9 +43,9 @@ class _Rows:
     stop: int
     widths: int | TileWidths
 
-    @property
-    def is_mixed(self) -> bool:
-        return isinstance(self.widths, TileWidths)
+    def pass_tiles(self, weight: FragmentWeight) -> int:
+        """The order in which a product with `weight` wants these rows."""
+        return 1 if isinstance(self.widths, TileWidths) else choose_pass_tiles(self.stop - self.start, weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class CudaLayers:
             else:
                 group_size = product.weight.group_size
                 inputs = add_norm_quantize(
-                    residual, added, norm.weight, norm.eps, group_size, self._dtype, rows.is_mixed
+                    residual, added, norm.weight, norm.eps, group_size, self._dtype, rows.pass_tiles(product.weight)
                 )
             product(inputs, rows, y)
         return y
@@ -171,7 +171,8 @@ class CudaLayers:
         for rows in parts:
             part = x[rows.start : rows.stop]
             if not self._is_for_library(rows):
-                product(quantize_activations(part, product.weight.group_size, gate, rows.is_mixed), rows, y)
+                pass_tiles = rows.pass_tiles(product.weight)
+                product(quantize_activations(part, product.weight.group_size, gate, pass_tiles), rows, y)
             elif gate is None:
                 product(part, rows, y)
             else:
@@ -190,8 +191,9 @@ class CudaLayers:
             # One token of each sequence, in the order of the rows: the merge of splits gives fixed point numbers at once.
             splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
             y = self._empty(rows, layer.output.weight.out_features, q.device)
+            weight = layer.output.weight
             for part in parts:
-                inputs = splits.quantized(part.start, part.stop, layer.output.weight.group_size, part.is_mixed)
+                inputs = splits.quantized(part.start, part.stop, weight.group_size, part.pass_tiles(weight))
                 layer.output(inputs, part, y)
             return y
         attended = torch.empty_like(q)

@@ -6,20 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.driver import (
-    Argument,
-    can_launch,
-    defined,
-    has_warpgroups,
-    integers,
-    load_kernel,
-    pointers,
-)
+from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, pointers
 from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_TOKENS
 from anybit.kernels.cuda.values import VALUES
 
 MAX_TOKEN_TILES = 8  # of a pass of `source/linear_decode.cu`
-_FEW_TILES = 4  # up to here a pass is never one of `source/linear_batch.cu`
 _MAX_WARPS = 16  # of a block of source/norm.cu
 _GATES = {"silu": 1, "gelu_tanh": 2}
 
@@ -28,7 +19,8 @@ _GATES = {"silu": 1, "gelu_tanh": 2}
 class Activations:
     """Fixed point numbers of `tokens` rows in the order that a product wants (`source/digits.cuh`).
 
-    Passes of one n-tile are for `source/linear_decode.cu`, longer ones for `source/linear_batch.cu`.
+    Passes of one n-tile are for `source/linear_decode.cu`, longer ones for `source/linear_batch.cu`
+    (`kernels.cuda.linear.choose_pass_tiles`).
     """
 
     tokens: int
@@ -49,11 +41,10 @@ class Activations:
 
     @classmethod
     def allocate(
-        cls, tokens: int, columns: int, group_size: int, device: torch.device, is_mixed: bool = False
+        cls, tokens: int, columns: int, group_size: int, device: torch.device, pass_tiles: int = 1
     ) -> "Activations":
-        """Not initialised; `is_mixed` is for rows of several widths."""
+        """Not initialised."""
         column_tiles, token_tiles = -(-columns // TILE_COLUMNS), num_token_tiles(tokens)
-        pass_tiles = 1 if is_mixed or not has_warpgroups(device) else batch_pass_tiles(tokens)
         passes = -(-token_tiles // pass_tiles)
         groups = column_tiles * (TILE_COLUMNS // group_size)
         return cls(
@@ -72,20 +63,13 @@ def num_token_tiles(tokens: int) -> int:
     return needed + -needed % MAX_TOKEN_TILES
 
 
-def batch_pass_tiles(tokens: int) -> int:
-    """N-tiles of a pass where warpgroups multiply: 1 for few tokens, which they do not pay for."""
-    token_tiles = num_token_tiles(tokens)
-    return 1 if token_tiles <= _FEW_TILES else min(token_tiles, 2 * MAX_TOKEN_TILES)
-
-
-def quantize_activations(x: Tensor, group_size: int, gate: str | None = None, is_mixed: bool = False) -> Activations:
+def quantize_activations(x: Tensor, group_size: int, gate: str | None = None, pass_tiles: int = 1) -> Activations:
     """x [tokens, in], contiguous, as fixed point numbers; not-a-number for a group that is not finite.
 
     With a `gate` ("silu", "gelu_tanh") x is [tokens, 2·in], and what is quantized is gate(x[:, :in]) · x[:, in:].
-    `is_mixed` as of `Activations.allocate`.
     """
     tokens, columns = x.shape[0], x.shape[1] // (1 if gate is None else 2)
-    activations = Activations.allocate(tokens, columns, group_size, x.device, is_mixed)
+    activations = Activations.allocate(tokens, columns, group_size, x.device, pass_tiles)
     constants = defined(GROUP=group_size, VALUE=VALUES[x.dtype], GATE=0 if gate is None else _GATES[gate])
     kernel = load_kernel("activations", "quantize_activations", constants)
     arguments: list[Argument] = [
@@ -111,15 +95,14 @@ def add_norm_quantize(
     eps: float,
     group_size: int,
     dtype: torch.dtype,
-    is_mixed: bool = False,
+    pass_tiles: int = 1,
 ) -> Activations:
     """hidden += addition, in place; then hidden / sqrt(mean(hidden²) + eps) · gain as fixed point numbers.
 
     hidden float32 [tokens, hidden], contiguous; `dtype` is that of additions (with or without one, for one kernel's sake).
-    `is_mixed` as of `Activations.allocate`.
     """
     tokens, columns = hidden.shape
-    activations = Activations.allocate(tokens, columns, group_size, hidden.device, is_mixed)
+    activations = Activations.allocate(tokens, columns, group_size, hidden.device, pass_tiles)
     kernel = load_kernel("norm", "add_norm_quantize", _norm_constants(columns, addition, group_size, dtype))
     arguments: list[Argument] = [
         *_pointers(hidden, addition),

@@ -92,10 +92,10 @@ class SplitAttention:
         kernel.launch(grid, 32 * _MERGED_TOGETHER, [self.problem, *integers(self.splits, sequences)])
         return out
 
-    def quantized(self, start: int, stop: int, group_size: int, is_mixed: bool) -> Activations:
+    def quantized(self, start: int, stop: int, group_size: int, pass_tiles: int = 1) -> Activations:
         """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as fixed point numbers."""
         columns = self.q[0].numel()
-        activations = Activations.allocate(stop - start, columns, group_size, self.q.device, is_mixed)
+        activations = Activations.allocate(stop - start, columns, group_size, self.q.device, pass_tiles)
         kernel = load_kernel("attention", "merge_quantize", defined(**self.constants, GROUP=group_size))
         arguments: list[Argument] = [
             self.problem,

@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 
 from anybit.kernels import layout
-from anybit.kernels.cuda.activations import MAX_TOKEN_TILES, Activations, quantize_activations
-from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, pointers
+from anybit.kernels.cuda.activations import MAX_TOKEN_TILES, Activations, num_token_tiles, quantize_activations
+from anybit.kernels.cuda.driver import (
+    Argument,
+    can_launch,
+    defined,
+    has_warpgroups,
+    integers,
+    load_kernel,
+    pointers,
+)
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.tuning import BatchTiling, Tiling, choose_batch_tiling, choose_tiling
+from anybit.kernels.cuda.tuning import FEW_ROWS, BatchTiling, Tiling, choose_batch_tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.widths import TileWidths, WidthSegment
@@ -19,6 +27,7 @@ ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
 _EMBEDDING_THREADS = 256
 _DEQUANTIZE_WARPS = 4
+_FEW_TOKENS, _MANY_TOKENS = 16, 256  # for warpgroups
 
 
 class _Weight(ctypes.Structure):
@@ -54,8 +63,19 @@ def linear(x: Tensor, weight: FragmentWeight, segments: Sequence[WidthSegment], 
     y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     for width, start, stop in segments:
         if stop > start:
-            multiply(quantize_activations(x[start:stop], weight.group_size), weight, width, bias, y[start:stop])
+            pass_tiles = choose_pass_tiles(stop - start, weight)
+            activations = quantize_activations(x[start:stop], weight.group_size, pass_tiles=pass_tiles)
+            multiply(activations, weight, width, bias, y[start:stop])
     return y
+
+
+def choose_pass_tiles(tokens: int, weight: FragmentWeight) -> int:
+    """N-tiles of a pass for the faster kernel: warpgroups need many tokens, or rows, to pay."""
+    if not has_warpgroups(weight.device) or tokens <= _FEW_TOKENS:
+        return 1
+    if tokens < _MANY_TOKENS and weight.out_features <= FEW_ROWS:
+        return 1
+    return min(num_token_tiles(tokens), 2 * MAX_TOKEN_TILES)
 
 
 def multiply(
@@ -66,7 +86,7 @@ def multiply(
     y: Tensor,
     tiling: Tiling | BatchTiling | None = None,
 ) -> None:
-    """Write the product at `bit_width` to y [tokens, out]; bias float32 [out]. `tiling` None takes the best that is known."""
+    """Write the product at `bit_width` to y [tokens, out]; bias float32 [out]. `tiling` None takes the best known one."""
     if activations.pass_tiles > 1:
         _launch_batch(activations, weight, bit_width, bias, y, tiling if isinstance(tiling, BatchTiling) else None)
     else:
@@ -142,7 +162,6 @@ def batch_constants(
         "WARPGROUPS": tiling.warpgroups,
         "CLUSTER": tiling.cluster,
         "SEGMENTS": tiling.segments,
-        "DEPTH": tiling.depth,
         "STAGES": tiling.stages,
     }
 

@@ -12,11 +12,11 @@ from anybit.kernels.cuda.driver import max_shared_bytes, num_multiprocessors
 from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_ROWS, TILE_TOKENS
 from anybit.kernels.layout import NIBBLE_BITS
 
-_FEW_ROWS = 8192
+FEW_ROWS = 8192
 _SIMILAR = 2.5  # factors of two between shapes, at most
 _SUMS_BYTES = 64 * 4  # of one row tile times one n-tile
 _WARPGROUPS = 2
-_RINGS = ((6, 4), (4, 4), (4, 3), (3, 3), (2, 2))  # tiles of weights and of digits ahead
+_STAGES = (5, 4, 3, 2)
 _BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in tiles of them
 
 
@@ -50,13 +50,12 @@ class BatchTiling:
 
     warpgroups: int
     cluster: int
-    depth: int
     stages: int
     segments: int
 
     @property
     def threads(self) -> int:
-        return 128 * self.warpgroups
+        return 128 * (self.warpgroups + 1)
 
     @property
     def row_tiles(self) -> int:
@@ -66,11 +65,11 @@ class BatchTiling:
         pass_tokens = pass_tiles * TILE_TOKENS
         groups = TILE_COLUMNS // group_size
         parts = (1 if bit_width <= NIBBLE_BITS else 2) * groups * TILE_ROWS * 2 * part_bytes
-        tiles = self.depth * self.row_tiles * (TILE_ROWS * TILE_COLUMNS * bit_width // 8 + parts)
+        tiles = self.row_tiles * (TILE_ROWS * TILE_COLUMNS * bit_width // 8 + parts)
         stage = pass_tiles * 8 * TILE_COLUMNS + groups * pass_tokens * 8
         places = 1 if self.cluster == 1 else self.segments // self.cluster
         sums = places * pass_tokens * (64 * self.warpgroups + 8) * 4
-        return self.stages * (stage + 16) + tiles + sums
+        return self.stages * (stage + tiles + 16) + sums
 
 
 def choose_batch_tiling(
@@ -98,7 +97,7 @@ def default_batch_tiling(
     for cluster in (1, 2, 4, 8):
         if segments % cluster:
             continue
-        tilings = [BatchTiling(_WARPGROUPS, cluster, depth, stages, segments) for depth, stages in _RINGS]
+        tilings = [BatchTiling(_WARPGROUPS, cluster, stages, segments) for stages in _STAGES]
         fitting = [tiling for tiling in tilings if tiling.shared_bytes(*layout_of_block) <= shared_bytes]
         if not fitting:
             continue
@@ -143,7 +142,7 @@ def default_tiling(out_features: int, in_features: int, bit_width: int, token_ti
 
 def num_segments(out_features: int, in_features: int) -> int:
     """Into how many segments the columns of a shape are cut, whatever the width and the batch."""
-    wanted = 16 if out_features <= _FEW_ROWS else 4
+    wanted = 16 if out_features <= FEW_ROWS else 4
     while wanted * TILE_COLUMNS > in_features + TILE_COLUMNS - 1:
         wanted //= 2
     return wanted

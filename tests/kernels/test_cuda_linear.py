@@ -80,13 +80,13 @@ def test_no_stream_below_the_width_is_read(width):
 @pytest.mark.parametrize("shape", [(70, 576, 64), (3000, 1536, 128), (200, 4096, 128), (9000, 512, 32)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch_at_any_place_and_width_beside_it(shape):
     served = fragments.pack(on_gpu(random_nested(*shape)))
-    x = normal(150, shape[1]).cuda().to(torch.bfloat16)
+    x = normal(300, shape[1]).cuda().to(torch.bfloat16)
     alone = {
         width: torch.cat([dispatch.linear(x[row : row + 1], served, [(width, 0, 1)]) for row in range(24)])
         for width in layout.BIT_WIDTHS
     }
     for width, expected in alone.items():
-        for tokens in (2, 5, 8, 9, 16, 24, 150):
+        for tokens in (2, 5, 8, 9, 16, 24, 150, 300):
             y = dispatch.linear(x[:tokens], served, [(width, 0, tokens)])
             assert torch.equal(y[:24], expected[:tokens])
     mixed = dispatch.linear(x[:24], served, [(2, 0, 7), (4, 7, 12), (8, 12, 24)])
@@ -98,7 +98,7 @@ def test_a_row_has_the_same_bits_in_any_batch_at_any_place_and_width_beside_it(s
 def test_every_tiling_gives_the_same_bits(width, tokens):
     weight = random_nested(500, 2048, 128)
     served, x = fragments.pack(on_gpu(weight)), normal(tokens, 2048).cuda()
-    activations = cuda.quantize_activations(x, 128, is_mixed=True)  # so that they are for this kernel
+    activations = cuda.quantize_activations(x, 128)
     base = default_tiling(500, 2048, width, activations.digits.shape[0])
     others = [(2, 1, 16, 1, 1), (1, 2, 4, 1, 2), (1, 3, 1, 1, 1), (1, 2, 4, 4, 1), (2, 1, 2, 8, 1)]
     results = []
@@ -118,13 +118,12 @@ def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
         pytest.skip("This GPU has no warpgroup products.")
     served, bias = fragments.pack(on_gpu(random_nested(*shape))), normal(rows, seed=3).cuda()
     segments = num_segments(rows, columns)
-    for tokens in (17, 64, 100):
+    for tokens in (3, 17, 64, 100):
         x = normal(tokens, columns).cuda().to(torch.bfloat16)
         expected = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
-        cuda.multiply(cuda.quantize_activations(x, group_size, is_mixed=True), served, width, bias, expected)
-        activations = cuda.quantize_activations(x, group_size)
-        assert activations.pass_tiles > 1
-        for fields in [None, (2, 1, 3, 4), (1, 1, 2, 3), (3, 1, 2, 3), (2, min(segments, 4), 2, 2), (1, min(segments, 8), 5, 2)]:
+        cuda.multiply(cuda.quantize_activations(x, group_size), served, width, bias, expected)
+        activations = cuda.quantize_activations(x, group_size, pass_tiles=8 if tokens <= 32 else 16)
+        for fields in [None, (2, 1, 4), (1, 1, 3), (2, min(segments, 4), 2), (1, min(segments, 8), 2)]:
             tiling = None if fields is None else BatchTiling(*fields, segments)
             y = torch.full_like(expected, torch.nan)
             cuda.multiply(activations, served, width, bias, y, tiling)
@@ -173,7 +172,7 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
         of_tiles = torch.randint(len(widths), (cuda_activations.num_token_tiles(4 * tiles),))
         of_tiles = torch.tensor(widths)[of_tiles].cuda()
         y = torch.empty(4 * tiles, rows, dtype=dtype, device="cuda")
-        inputs = cuda_activations.quantize_activations(x, group_size, is_mixed=True)
+        inputs = cuda_activations.quantize_activations(x, group_size)
         cuda.multiply_mixed(inputs, weight, cuda.TileWidths(tuple(widths), of_tiles), bias, y)
         for tile in range(tiles):
             part = slice(4 * tile, 4 * tile + 4)

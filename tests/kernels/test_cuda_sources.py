@@ -30,7 +30,7 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
 @pytest.mark.parametrize("bit_width", BIT_WIDTHS)
 @pytest.mark.parametrize(("group_size", "pass_tiles", "cluster"), [(128, 16, 1), (64, 8, 4), (32, 16, 2)])
 def test_products_of_warpgroups_compile(bit_width, group_size, pass_tiles, cluster):
-    tiling = BatchTiling(2, cluster, 4, 4, 4)
+    tiling = BatchTiling(2, cluster, 4, 4)
     constants = batch_constants(tiling, bit_width, group_size, torch.float16, torch.bfloat16, pass_tiles)
     assert compile_source("linear_batch", "sm_90a", constants).startswith(ELF)
 

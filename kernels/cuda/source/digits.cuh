@@ -1,8 +1,8 @@
 // Activations as fixed point numbers: x = step * (128 * d1 + d0), one step per (token, group).
 //
 // digits: [passes][column tiles][n-tiles of a pass] of 1 KiB. Of passes of one n-tile, it is in the order of B fragments:
-// [2][32 lanes] uint4, of which a lane's first half is one step, its second half the next. Of longer passes, it is eight
-// core matrices of 16 columns, [8 digits][16].
+// [2][32 lanes] uint4, of which a lane's first half is one step, its second half the next. Of longer passes, it has a
+// row of 128 columns for each of 8 digits, of which row r has its chunks of 16 in the order 0 ^ r, 1 ^ r, ...
 // scales: [groups][slots] (step, step * sum of q), slots being tokens padded to whole passes.
 #pragma once
 #include "nested.cuh"
@@ -51,9 +51,9 @@ __device__ inline void store_digits(const float (&value)[4], int slot, int tile,
         out[(in_tile * 2 + 0) * 16] = high;
         out[(in_tile * 2 + 1) * 16] = low;
     } else {
-        out += (in_step * 2 + half) * 32 + quad;
-        out[(in_tile * 2 + 0) * 4] = high;
-        out[(in_tile * 2 + 1) * 4] = low;
+        const int row = in_tile * 2, chunk = in_step * 2 + half;
+        out[(row * 8 + (chunk ^ row)) * 4 + quad] = high;
+        out[((row + 1) * 8 + (chunk ^ (row + 1))) * 4 + quad] = low;
     }
     if (lane % (GROUP / 4) == 0)
         scales[(size_t)(tile * kGroups + lane / (GROUP / 4)) * slots + slot] = make_float2(step, step * sum);

@@ -1,10 +1,9 @@
 // y = x W^T (+ bias) for many tokens on Hopper: nested codes at one width times fixed point activations.
 //
-// A warpgroup owns 64 rows, of which each warp unpacks its 16 into the A registers of wgmma.m64nNk32. Digits come in tiles of
-// 128 columns from a ring in shared memory that all warps read and the memory engine fills, weights from one that each warp
-// fills for itself. Warpgroups take turns on the tensor cores: while one multiplies a phase (a nibble of a group of columns) and
-// unpacks the codes of its next, the sums of the others become floats. All of a row's arithmetic, and its order, is that of
-// linear_decode.cu.
+// A warpgroup owns 64 rows, of which each warp unpacks its 16 into the A registers of wgmma.m64nNk32; digits are the B operand,
+// in shared memory. One warpgroup more does nothing but keep a ring of tiles filled. Two phases (each a nibble of a group of
+// columns) are multiplied at a time: while the second is, the sums of the first become floats and codes of the next are
+// unpacked; and warpgroups take turns on the tensor cores. All of a row's arithmetic, and its order, is that of linear_decode.cu.
 #include "product.cuh"
 #include "wgmma.cuh"
 
@@ -14,36 +13,30 @@
 #ifndef SEGMENTS  // of the columns, summed one by one
 #define SEGMENTS 4
 #endif
-#ifndef DEPTH  // tiles of weights in a warp's ring
-#define DEPTH 4
-#endif
-#ifndef STAGES  // of the ring of digits
+#ifndef STAGES  // of the ring
 #define STAGES 4
 #endif
 
 using namespace nested;
 
-constexpr int kThreads = WARPGROUPS * 128, kWarps = WARPGROUPS * 4, kBlockRows = WARPGROUPS * 64;
+constexpr int kThreads = (WARPGROUPS + 1) * 128, kWarps = WARPGROUPS * 4, kBlockRows = WARPGROUPS * 64;
 constexpr int kPassTokens = PASS_TILES * kTokens;
-constexpr int kDigitBytes = PASS_TILES * 8 * kColumns, kScaleBytes = kPassTokens * 8;  // of a tile, of a group
-constexpr int kStageBytes = kDigitBytes + kGroups * kScaleBytes;
 constexpr int kSegmentsOfBlock = SEGMENTS / CLUSTER;
 constexpr int kPlaces = CLUSTER == 1 ? 1 : kSegmentsOfBlock;  // a block on its own adds its segments up as they come
 constexpr int kRowStride = kBlockRows + 8;
 constexpr int kNibbles = kHasLow ? 2 : 1, kPhases = kGroups * kNibbles;
-constexpr int kUnroll = kPhases % 2 ? 2 : 1;  // tiles, so that registers can take turns
-// Of a tile of weights: code streams in the order of their width, then parts.
+constexpr int kTogether = kPhases == 1 ? 2 : 1;  // tiles of a turn, so that it has two phases
+static_assert(SEGMENTS % CLUSTER == 0, "a block takes whole segments");
+
+// What a stage of the ring holds of a tile of columns: digits, scales of the tokens, and each warp's weights.
+constexpr int kDigitBytes = PASS_TILES * 8 * kColumns, kScaleBytes = kPassTokens * 8;
 constexpr int kPartsBytes = kGroups * kRows * sizeof(Part), kCodeBytes = kRows * kColumns * BITS / 8;
 constexpr int kTileBytes = kCodeBytes + (kHasLow ? 2 : 1) * kPartsBytes;
-constexpr int kFirstC3 = 512, kFirstC4 = 768, kFirstC6 = 1024, kFirstC8 = 1536;
-static_assert(SEGMENTS % CLUSTER == 0, "a block takes whole segments");
-static_assert(DEPTH >= 2, "the tiles of two phases are in use at once");
+constexpr int kFirstC3 = 512, kFirstC4 = 768, kFirstC6 = 1024, kFirstC8 = 1536;  // in a warp's weights
+constexpr int kScales = STAGES * kDigitBytes, kWeights = kScales + STAGES * kGroups * kScaleBytes;
+constexpr int kRingBytes = kWeights + STAGES * kWarps * kTileBytes;
 
-__device__ inline void copy_16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// A warp copies a tile of its weights, `index` of the streams.
+// A warp copies a tile of weights, `index` of the streams.
 __device__ inline void request(u32 to, const Weight& weight, size_t index) {
     const int lane = threadIdx.x & 31;
     copy_16(to + 16 * lane, weight.c2 + index * 32 + lane);
@@ -62,12 +55,6 @@ __device__ inline void request(u32 to, const Weight& weight, size_t index) {
             copy_16(to + kCodeBytes + 16 * at, reinterpret_cast<const u8*>(parts) + index * kPartsBytes + at % kLanes * 16);
     }
 }
-template <int kPending>
-__device__ inline void wait_for_weights() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-    __syncwarp();
-}
-__device__ inline void commit_weights() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 using Fragments = u32[kStepsOfGroup][4];
 
@@ -101,7 +88,7 @@ __device__ inline void multiply_phase(int (&sums)[kSums], const Fragments& fragm
     begin_products();
 #pragma unroll
     for (int s = 0; s < kStepsOfGroup; ++s) {
-        const auto place = describe_digits(digits + 256 * (phase / kNibbles * kStepsOfGroup + s));
+        const auto place = describe_digits(digits + 32 * (phase / kNibbles * kStepsOfGroup + s));
         if (s == 0)
             multiply_warpgroup<true>(sums, fragments[s], place);
         else
@@ -139,6 +126,20 @@ __device__ inline void add_phase(const int (&sums)[kSums], const u8* tile, int p
     }
 }
 
+// Stages of the ring in turn, and how often they have been through.
+struct Place {
+    int stage = 0, turn = 0;
+
+    __device__ void advance() {
+        if (++stage == STAGES) stage = 0, turn ^= 1;
+    }
+    __device__ Place next() const {
+        Place later = *this;
+        later.advance();
+        return later;
+    }
+};
+
 // A grid of (blocks of a cluster, passes of PASS_TILES n-tiles, groups of rows); digits as digits.cuh says for such passes.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if CLUSTER > 1
@@ -146,108 +147,136 @@ __cluster_dims__(CLUSTER, 1, 1)
 #endif
 nested_linear_batch(Weight weight, const u8* digits, const float2* scales, const float* bias, Value* y, int tokens, int slots,
                     int rows, int row_tiles, int tiles_k) {
-    // [stages](digits, scales); [warps][depth] tiles; sums [places][tokens][rows]; barriers
-    extern __shared__ __align__(128) u8 ring[];
-    float* block_sums = reinterpret_cast<float*>(ring + STAGES * kStageBytes + kWarps * DEPTH * kTileBytes);
+    extern __shared__ __align__(1024) u8 ring[];  // then sums [places][tokens][rows] and barriers
+    float* block_sums = reinterpret_cast<float*>(ring + kRingBytes);
     const u32 filled = shared_address(block_sums + kPlaces * kPassTokens * kRowStride), emptied = filled + 8 * STAGES;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, pass = blockIdx.y;
-    const u8* tiles = ring + STAGES * kStageBytes + warp * DEPTH * kTileBytes;
     const auto border = [&](int segment) { return tiles_k * segment / SEGMENTS; };
     const int first_segment = blockIdx.x * kSegmentsOfBlock, first = border(first_segment);
     const int count = border(first_segment + kSegmentsOfBlock) - first;  // tiles of columns
-    const size_t first_tile = (size_t)min((int)blockIdx.z * kWarps + warp, row_tiles - 1) * tiles_k + first;
 
     launch_dependents();
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-        if (d < count) request(shared_address(tiles) + d * kTileBytes, weight, first_tile + d);
-        commit_weights();
-    }
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            init_barrier(filled + 8 * stage, 1);
+            init_barrier(filled + 8 * stage, 1 + 128);
             init_barrier(emptied + 8 * stage, kWarps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    wait_for_inputs();
-
-    const auto fill = [&](int tile, int stage) {
-        const u32 to = shared_address(ring) + stage * kStageBytes, barrier = filled + 8 * stage;
-        const int k = first + tile;
-        expect_bytes(barrier, kStageBytes);
-        copy_bytes(to, digits + ((size_t)pass * tiles_k + k) * kDigitBytes, kDigitBytes, barrier);
+    if (warp >= kWarps) {
+        set_registers<WARPGROUPS == 2, 40>();
+        const auto request_weights = [&](int tile, int stage) {
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-            copy_bytes(to + kDigitBytes + group * kScaleBytes, scales + (size_t)(k * kGroups + group) * slots + pass * kPassTokens,
-                       kScaleBytes, barrier);
-    };
-    if (threadIdx.x == 0)
-        for (int stage = 0; stage < STAGES; ++stage)
-            if (stage < count) fill(stage, stage);
-
-    float out[PASS_TILES][2] = {};
-    int sums[kSums];
-    Fragments fragments[2];
-    wait_for_weights<DEPTH - 1>();
-    unpack(tiles, 0, fragments[0]);
-    if (warp / 4 == WARPGROUPS - 1) pass_turn();
-    int stage = 0, turn = 0, slot = 0, segment = 0, segment_end = border(first_segment + 1) - first;
-    for (int tile0 = 0; tile0 < count; tile0 += kUnroll) {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int tile = tile0 + u;
-            if (tile >= count) break;
-            const int next_slot = slot + 1 == DEPTH ? 0 : slot + 1;
-            const float2* own_scales = reinterpret_cast<const float2*>(ring + stage * kStageBytes + kDigitBytes);
-#pragma unroll
-            for (int phase = 0; phase < kPhases; ++phase) {
-                const int own = (u * kPhases + phase) % 2;
-                const bool is_last = phase == kPhases - 1;
-                if (phase == 0) wait(filled + 8 * stage, turn);
-                wait_for_turn();
-                multiply_phase(sums, fragments[own], shared_address(ring) + stage * kStageBytes, phase);
-                pass_turn();
-                // After the last phase of all, the next is one that nobody asks for.
-                if (is_last) wait_for_weights<DEPTH - 2>();
-                unpack(tiles + (is_last ? next_slot : slot) * kTileBytes, (phase + 1) % kPhases, fragments[1 - own]);
-                wait_for_products(sums);
-                add_phase(sums, tiles + slot * kTileBytes, phase, own_scales, out);
+            for (int w = warp - kWarps; w < kWarps; w += 4) {
+                const size_t row_tile = min((int)blockIdx.z * kWarps + w, row_tiles - 1);
+                request(shared_address(ring) + kWeights + (stage * kWarps + w) * kTileBytes, weight, row_tile * tiles_k + first + tile);
             }
+            arrive_after_copies(filled + 8 * stage);
+        };
+        const auto request_digits = [&](int tile, int stage) {
+            const u32 to = shared_address(ring), barrier = filled + 8 * stage;
+            const int k = first + tile;
+            expect_bytes(barrier, kDigitBytes + kGroups * kScaleBytes);
+            copy_bytes(to + stage * kDigitBytes, digits + ((size_t)pass * tiles_k + k) * kDigitBytes, kDigitBytes, barrier);
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group)
+                copy_bytes(to + kScales + (stage * kGroups + group) * kScaleBytes,
+                           scales + (size_t)(k * kGroups + group) * slots + pass * kPassTokens, kScaleBytes, barrier);
+        };
+        const bool is_first = threadIdx.x == kWarps * 32;
+        // Weights do not depend on what came before in the stream.
+        for (int tile = 0; tile < min(STAGES, count); ++tile) request_weights(tile, tile);
+        wait_for_inputs();
+        if (is_first)
+            for (int tile = 0; tile < min(STAGES, count); ++tile) request_digits(tile, tile);
+        Place place;
+        for (int tile = STAGES; tile < count; ++tile) {
+            wait(emptied + 8 * place.stage, place.turn);
+            if (is_first) request_digits(tile, place.stage);
             __syncwarp();
-            if (lane == 0) arrive(emptied + 8 * stage);
-            if (tile + DEPTH < count) request(shared_address(tiles) + slot * kTileBytes, weight, first_tile + tile + DEPTH);
-            commit_weights();
-            // Warpgroups take turns to fill a stage again, the one before this: by now nobody reads it, or hardly anybody.
-            if (tile > 0 && tile - 1 + STAGES < count && tile % WARPGROUPS == warp / 4 && threadIdx.x % 128 == 0) {
-                const int former = stage == 0 ? STAGES - 1 : stage - 1;
-                wait(emptied + 8 * former, stage == 0 ? turn ^ 1 : turn);
-                fill(tile - 1 + STAGES, former);
-            }
-            slot = next_slot;
-            if (++stage == STAGES) stage = 0, turn ^= 1;
-            if (tile + 1 == segment_end) {
-                float* place = block_sums + (size_t)(CLUSTER == 1 ? 0 : segment) * kPassTokens * kRowStride +
-                               lane % 4 * kRowStride + warp * kRows + lane / 4;
+            request_weights(tile, place.stage);
+            place.advance();
+        }
+        // What follows needs more registers than this warpgroup has left.
+        wait_for_all();
+        if (CLUSTER > 1) wait_for_all();
+        return;
+    }
+
+    set_registers<WARPGROUPS == 2, 232>();
+    wait_for_inputs();
+    const u8* weights = ring + kWeights + warp * kTileBytes;
+    float out[PASS_TILES][2] = {};
+    Place place;
+    int segment = 0, segment_end = border(first_segment + 1) - first;
+    const auto unpack_at = [&](Place at, int phase, Fragments& fragments) {
+        unpack(weights + at.stage * kWarps * kTileBytes, phase, fragments);
+    };
+    const auto multiply_at = [&](int (&sums)[kSums], const Fragments& fragments, Place at, int phase) {
+        multiply_phase(sums, fragments, shared_address(ring) + at.stage * kDigitBytes, phase);
+    };
+    const auto add = [&](const int(&sums)[kSums], int phase) {
+        const u8* own_scales = ring + kScales + place.stage * kGroups * kScaleBytes;
+        add_phase(sums, weights + place.stage * kWarps * kTileBytes, phase, reinterpret_cast<const float2*>(own_scales), out);
+    };
+    const auto end_tile = [&](int tile) {
+        __syncwarp();
+        if (lane == 0) arrive(emptied + 8 * place.stage);
+        place.advance();
+        if (tile + 1 < segment_end) return;
+        float* sums = block_sums + (size_t)(CLUSTER == 1 ? 0 : segment) * kPassTokens * kRowStride + lane % 4 * kRowStride +
+                      warp * kRows + lane / 4;
 #pragma unroll
-                for (int q = 0; q < PASS_TILES; ++q)
+        for (int q = 0; q < PASS_TILES; ++q)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        float& sum = place[q * kTokens * kRowStride + half * 8];
-                        sum = CLUSTER > 1 ? out[q][half] : (segment == 0 ? 0.f : sum) + out[q][half];
-                        out[q][half] = 0.f;
-                    }
-                ++segment;
-                segment_end = border(first_segment + segment + 1) - first;
+            for (int half = 0; half < 2; ++half) {
+                float& sum = sums[q * kTokens * kRowStride + half * 8];
+                sum = CLUSTER > 1 ? out[q][half] : (segment == 0 ? 0.f : sum) + out[q][half];
+                out[q][half] = 0.f;
             }
+        ++segment;
+        segment_end = border(first_segment + segment + 1) - first;
+    };
+    // Codes are unpacked before the digits beside them are needed; of tiles that are not there, nothing is awaited.
+    const auto await = [&](int tile, Place at) {
+        if (tile < count) wait(filled + 8 * at.stage, at.turn);
+    };
+
+    int sums[kSums], later_sums[kSums];
+    Fragments fragments, later_fragments;
+    await(0, place);
+    unpack_at(place, 0, fragments);
+    if (kTogether > 1) await(1, place.next());
+    unpack_at(kTogether > 1 ? place.next() : place, 1 % kPhases, later_fragments);
+    if (warp / 4 == WARPGROUPS - 1) pass_turn();
+    for (int tile = 0; tile < count; tile += kTogether) {
+#pragma unroll
+        for (int phase = 0; phase < kTogether * kPhases; phase += 2) {
+            // What follows the last of all phases is one that nobody asks for.
+            const bool is_last = phase + 2 >= kTogether * kPhases, has_later = kTogether == 1 || tile + 1 < count;
+            const int next = is_last ? 0 : phase + 2;
+            wait_for_turn();
+            multiply_at(sums, fragments, place, phase);
+            multiply_at(later_sums, later_fragments, kTogether > 1 ? place.next() : place, (phase + 1) % kPhases);
+            pass_turn();
+            wait_for_products<1>(sums);
+            add(sums, phase);
+            if (kTogether > 1) end_tile(tile);
+            if (is_last) await(tile + kTogether, place.next());
+            unpack_at(is_last ? place.next() : place, next, fragments);
+            wait_for_products<0>(later_sums);
+            if (has_later) add(later_sums, (phase + 1) % kPhases);
+            if (is_last && has_later) end_tile(tile + kTogether - 1);
+            if (kTogether > 1) await(tile + 3, place.next());
+            unpack_at(kTogether > 1 ? place.next() : place, (next + 1) % kPhases, later_fragments);
         }
     }
     wait_for_all();
     u32 of_block[CLUSTER];
 #pragma unroll
     for (int rank = 0; rank < CLUSTER; ++rank) of_block[rank] = shared_of(block_sums, rank);
-    for (int index = blockIdx.x * kThreads + threadIdx.x; index < kPassTokens * kBlockRows; index += CLUSTER * kThreads) {
+    for (int index = blockIdx.x * kBlockRows * 2 + threadIdx.x; index < kPassTokens * kBlockRows; index += CLUSTER * kBlockRows * 2) {
         const int row = index % kBlockRows, token = index / kBlockRows;
         float sum = 0.f;
 #pragma unroll

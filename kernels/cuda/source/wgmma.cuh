@@ -34,16 +34,35 @@ __device__ inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barri
                  : "memory");
 }
 
-// Of a tile of digits: core matrices of 8 digits by 16 columns, those of an n-tile one after the other.
+__device__ inline void copy_16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// A barrier counts this thread when the copies that it has asked for have ended.
+__device__ inline void arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// All warps of a warpgroup, to give registers away or to take them.
+template <bool kMoves, int kRegisters>
+__device__ inline void set_registers() {
+    if (!kMoves) return;
+    if (kRegisters < 128)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    else
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Of a tile of digits, at 32 of its columns: an n-tile's 8 digits of 128 columns lie in the order that 128 bytes are swizzled in.
 __device__ inline unsigned long long describe_digits(u32 address) {
-    constexpr unsigned long long kNextColumns = 128 / 16, kNextDigits = 8 * kColumns / 16;
-    return ((address & 0x3FFFF) >> 4) | kNextColumns << 16 | kNextDigits << 32;
+    constexpr unsigned long long kNextDigits = 8 * kColumns / 16, kSwizzled128 = 1;
+    return ((address & 0x3FFFF) >> 4) | 1ull << 16 | kNextDigits << 32 | kSwizzled128 << 62;
 }
 
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until no more than kPending commits are under way; `sums` are those of the latest that has ended.
+template <int kPending>
 __device__ inline void wait_for_products(int (&sums)[kSums]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
     for (int i = 0; i < kSums; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
