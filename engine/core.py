@@ -74,7 +74,12 @@ class EngineCore:
         try:
             if self._runner.can_launch_after(step) and self._scheduler.extend_ahead(step.chunks):
                 self._ahead = self._runner.launch_after(step)
-            output = step.result()
+            output = step.result(self._ahead is not None)
+            if output.is_undecided:  # hardly ever; what the step after it has written will be written again
+                self._ahead = None
+                running = self._scheduler.running
+                alive = [chunk for chunk in step.chunks if chunk.sequence in running]
+                output = self._runner.launch(alive).result(False) if alive else StepOutput(frozenset(), [])
         except Exception:
             self._ahead = None
             return self._fail_step(step.chunks)

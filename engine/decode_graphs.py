@@ -17,6 +17,7 @@ from torch import Tensor
 from anybit.engine.batch import AttentionGroup, BatchPlan, Chunk, by_width
 from anybit.engine.models.cuda_layers import CudaLayers
 from anybit.engine.models.decoder import Decoder
+from anybit.engine.sampling import NOT_DRAWN, NUM_SETTINGS, FoundTokens, draw_settings, next_tokens
 from anybit.engine.sequence import Sequence
 from anybit.kernels import dispatch
 from anybit.kernels.cuda.activations import num_token_tiles
@@ -35,11 +36,12 @@ _WARM_UP_RUNS = 2  # kernels are compiled and loaded before the capture
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """Padded rows, the bit-widths among them, and pages of a block table."""
+    """Padded rows, the bit-widths among them, pages of a block table, and whether the step draws tokens."""
 
     num_rows: int
     widths: tuple[int, ...]
     table_pages: int
+    has_draws: bool = False
 
     @property
     def is_mixed(self) -> bool:
@@ -53,10 +55,10 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Logits float32 [sequences, vocab] and per sequence the likeliest token, or −1 where a logit is not finite."""
+    """Logits float32 [sequences, vocab], and what the step itself has made of them."""
 
     logits: Tensor
-    likeliest: list[int]
+    found: FoundTokens
 
 
 class DecodeRow(NamedTuple):
@@ -74,17 +76,17 @@ class LaunchedDecode:
     rows: tuple[DecodeRow, ...]
     shape: StepShape
     logits: Tensor
-    likeliest: Tensor  # int64 [padded rows], on the GPU
+    tokens: Tensor  # `FoundTokens` of all rows: int64 [padded rows], on the GPU
     copied: Tensor  # the same on the host, once `done`
     done: torch.cuda.Event
 
     def result(self) -> StepResult:
         """Wait for the step. The logits are overwritten by the next one."""
         self.done.synchronize()
-        likeliest = self.copied.tolist()
+        tokens = self.copied.tolist()
         rows = [row for row, _ in self.rows]
         logits = self.logits[: len(rows)] if rows == list(range(len(rows))) else self.logits[rows]
-        return StepResult(logits, [likeliest[row] for row in rows])
+        return StepResult(logits, FoundTokens([tokens[row] for row in rows], self.shape.has_draws))
 
 
 class DecodeGraphs:
@@ -109,8 +111,8 @@ class DecodeGraphs:
             chunk.num_tokens == 1 and chunk.completes and not chunk.sequence.has_unscored_prompt for chunk in chunks
         )
 
-    def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedDecode:
-        """Begin to compute the chunks' tokens and to extend the cache by them."""
+    def launch(self, chunks: ReadOnly[Chunk], has_draws: bool = False) -> LaunchedDecode:
+        """Begin to compute the chunks' tokens and to extend the cache by them; `has_draws` if some are to be drawn there."""
         sequences: list[Sequence] = []
         rows: list[DecodeRow] = []
         end = 0
@@ -120,13 +122,13 @@ class DecodeGraphs:
             end = start + len(members)
             sequences += [chunk.sequence for chunk in members]
             rows += [DecodeRow(row, width) for row in range(start, end)]
-        shape = StepShape(padded_rows(end), tuple(widths), _table_pages(sequences))
+        shape = StepShape(padded_rows(end), tuple(widths), _table_pages(sequences), has_draws)
         return self._captured(shape).launch(tuple(sequences), tuple(rows))
 
     def launch_after(self, step: LaunchedDecode) -> LaunchedDecode:
-        """Begin the next step of the same sequences: each one's token is its likeliest, which only the GPU may know yet."""
+        """Begin the next step of the same sequences, whose tokens only the GPU may know yet."""
         shape = replace(step.shape, table_pages=_table_pages(step.sequences))
-        return self._captured(shape).launch(step.sequences, step.rows, step.likeliest)
+        return self._captured(shape).launch(step.sequences, step.rows, step.tokens)
 
     def _captured(self, shape: StepShape) -> "_CapturedStep":
         step = self._steps.pop(shape, None)
@@ -171,7 +173,7 @@ class _CapturedStep:
         rows, pages = shape.num_rows, shape.table_pages
         device = decoder.device
         self._scratch_page = pool.scratch_page
-        size = (_ROW_FIELDS + pages) * rows + shape.num_tiles
+        size = (_ROW_FIELDS + pages) * rows + shape.num_tiles + (NUM_SETTINGS * rows if shape.has_draws else 0)
         self._hosts = cycle([torch.empty(size, dtype=torch.int64, pin_memory=True) for _ in range(2)])
         self._copies = cycle([torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(2)])
         self._inputs = torch.empty(size, dtype=torch.int64, device=device)
@@ -185,21 +187,24 @@ class _CapturedStep:
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=memory):
-            self._likeliest = self._compute(decoder, plan, pool)
+            self._tokens = self._compute(decoder, plan, pool)
 
     def launch(
         self, sequences: tuple[Sequence, ...], rows: tuple[DecodeRow, ...], tokens: Tensor | None = None
     ) -> LaunchedDecode:
-        """Compute each sequence's newest token, or the one after it, which `tokens` [padded rows] holds on the GPU."""
+        """Compute each sequence's newest token, or the one after it, which `tokens` [padded rows] holds on the GPU.
+
+        Of tokens that are not known there, what follows means nothing.
+        """
         self._fill(sequences, rows, 0 if tokens is None else 1)
         if tokens is not None:
             torch.clamp(tokens, min=0, out=self._inputs[: self._shape.num_rows])
         self._graph.replay()
         copied = next(self._copies)
-        copied.copy_(self._likeliest, non_blocking=True)
+        copied.copy_(self._tokens, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return LaunchedDecode(sequences, rows, self._shape, self._logits, self._likeliest, copied, done)
+        return LaunchedDecode(sequences, rows, self._shape, self._logits, self._tokens, copied, done)
 
     def _fill(self, sequences: ReadOnly[Sequence], rows: ReadOnly[DecodeRow], ahead: int) -> None:
         """Write the inputs; what no sequence stands in is padding. `ahead` is the distance to tokens known here."""
@@ -208,7 +213,7 @@ class _CapturedStep:
         host = source.numpy()
         fields = host[: _ROW_FIELDS * count].reshape(_ROW_FIELDS, count)
         tables = host[_ROW_FIELDS * count : (_ROW_FIELDS + pages) * count].reshape(count, pages)
-        tile_widths = host[(_ROW_FIELDS + pages) * count :]
+        tile_widths = host[(_ROW_FIELDS + pages) * count :][: self._shape.num_tiles]
         tile_widths[:] = self._shape.widths[0]
         fields[:] = 0
         fields[2] = self._scratch_page
@@ -221,19 +226,29 @@ class _CapturedStep:
             tables[row, : len(sequence.pages)] = sequence.pages
             if self._shape.is_mixed:
                 tile_widths[row // TILE_TOKENS] = width
+        if self._shape.has_draws:
+            settings = source[-NUM_SETTINGS * count :].view(torch.float64).view(NUM_SETTINGS, count)
+            settings[:] = torch.tensor(NOT_DRAWN, dtype=torch.float64)[:, None]
+            columns = [row for row, _ in rows]
+            params = [sequence.request.sampling for sequence in sequences]
+            settings[:, columns] = draw_settings(params, [sequence.num_generated + ahead for sequence in sequences])
         self._inputs.copy_(source, non_blocking=True)
 
     def _compute(self, decoder: Decoder, plan: BatchPlan, pool: KVPool) -> Tensor:
-        """The likeliest tokens; what is kept of a graph's own memory is these alone."""
+        """The tokens; what is kept of a graph's own memory is these alone."""
         self._logits.copy_(decoder.logits(decoder.forward(plan, pool)))
-        return dispatch.greedy(self._logits)
+        likeliest = dispatch.greedy(self._logits)
+        if not self._shape.has_draws:
+            return likeliest
+        settings = self._inputs[-NUM_SETTINGS * self._shape.num_rows :].view(torch.float64)
+        return next_tokens(likeliest, self._logits, settings.view(NUM_SETTINGS, -1))
 
     def _plan(self, device: torch.device) -> BatchPlan:
         count, pages = self._shape.num_rows, self._shape.table_pages
         fields = self._inputs[: _ROW_FIELDS * count].view(_ROW_FIELDS, count)
         tables = self._inputs[_ROW_FIELDS * count : (_ROW_FIELDS + pages) * count].view(count, pages)
         widths = self._shape.widths
-        tile_widths = TileWidths(widths, self._inputs[(_ROW_FIELDS + pages) * count :])
+        tile_widths = TileWidths(widths, self._inputs[(_ROW_FIELDS + pages) * count :][: self._shape.num_tiles])
         row_ids = torch.arange(count, device=device)
         token_ids, positions, page_ids, page_offsets = fields
         return BatchPlan(

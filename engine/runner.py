@@ -12,7 +12,7 @@ from anybit.engine.decode_graphs import DecodeGraphs, LaunchedDecode
 from anybit.engine.logprobs import score_rows, token_logprobs
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.penalties import adjust_logits, changes_logits
-from anybit.engine.sampling import is_drawn, sample
+from anybit.engine.sampling import UNDECIDED, FoundTokens, is_drawn, sample
 from anybit.engine.sequence import Sequence
 from anybit.engine.types import SamplingParams, TokenLogprob
 from anybit.kvcache.pool import KVPool
@@ -29,19 +29,26 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step found out: tokens of the sequences that can go on, scores of prompts that asked for them."""
+    """What a step found out: tokens of the sequences that can go on, scores of prompts that asked for them.
+
+    If a later step has overwritten the logits that some tokens would take, it `is_undecided` and holds nothing else.
+    """
 
     widths: frozenset[int]
     sampled: list[SampledToken]
     scored: list[tuple[Sequence, list[TokenLogprob]]] = field(default_factory=list)
+    is_undecided: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step that has begun: `result` waits for it, once. `decode` is set where the GPU computes it meanwhile."""
+    """A step that has begun: `result` waits for it, once, and is told whether a step has been launched after it.
+
+    `decode` is set where the GPU computes it meanwhile.
+    """
 
     chunks: tuple[Chunk, ...]
-    result: Callable[[], StepOutput]
+    result: Callable[[bool], StepOutput]
     decode: LaunchedDecode | None = None
 
 
@@ -57,15 +64,18 @@ class Runner:
     def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedStep:
         """Begin a step; what is not captured as a graph is computed at once."""
         if self._graphs is not None and self._graphs.covers(chunks):
-            return _launched(tuple(chunks), self._graphs.launch(chunks))
+            params = [chunk.sequence.request.sampling for chunk in chunks]
+            has_draws = any(map(is_drawn, params)) and not any(map(_needs_logits, params))
+            return _launched(tuple(chunks), self._graphs.launch(chunks, has_draws))
         output = self._run(chunks)
-        return LaunchedStep(tuple(chunks), lambda: output)
+        return LaunchedStep(tuple(chunks), lambda is_followed: output)
 
     def can_launch_after(self, step: LaunchedStep) -> bool:
         """Whether the GPU alone decides what a step's sequences go on with."""
-        return step.decode is not None and not any(
-            needs_logits(sequence.request.sampling) for sequence in step.decode.sequences
-        )
+        if step.decode is None:
+            return False
+        params = [sequence.request.sampling for sequence in step.decode.sequences]
+        return not any(map(_needs_logits, params)) and (step.decode.shape.has_draws or not any(map(is_drawn, params)))
 
     @torch.inference_mode()
     def launch_after(self, step: LaunchedStep) -> LaunchedStep:
@@ -106,33 +116,31 @@ class Runner:
 
 def _launched(chunks: tuple[Chunk, ...], decode: LaunchedDecode) -> LaunchedStep:
     @torch.inference_mode()
-    def result() -> StepOutput:
-        found = decode.result()
-        return StepOutput(
-            frozenset(decode.shape.widths), choose_tokens(found.logits, decode.sequences, found.likeliest)
-        )
+    def result(is_followed: bool) -> StepOutput:
+        step = decode.result()
+        widths = frozenset(decode.shape.widths)
+        if is_followed and UNDECIDED in step.found.tokens:
+            return StepOutput(widths, [], is_undecided=True)
+        return StepOutput(widths, choose_tokens(step.logits, decode.sequences, step.found))
 
     return LaunchedStep(chunks, result, decode)
 
 
-def needs_logits(params: SamplingParams) -> bool:
-    """Whether a request's next token, or what is reported with it, takes more than the likeliest token."""
-    return is_drawn(params) or params.num_logprobs is not None or changes_logits(params)
+def _needs_logits(params: SamplingParams) -> bool:
+    """Whether a request's logits are changed before a token is chosen, or reported on."""
+    return params.num_logprobs is not None or changes_logits(params)
 
 
 def choose_tokens(
-    logits: Tensor, sequences: ReadOnly[Sequence], likeliest: ReadOnly[int] | None = None
+    logits: Tensor, sequences: ReadOnly[Sequence], found: FoundTokens | None = None
 ) -> list[SampledToken]:
-    """The next token of each sequence from float32 logits [sequences, vocab], which penalties and biases change in place.
-
-    `likeliest` is `dispatch.greedy` of the logits where that is known.
-    """
+    """The next token of each sequence from float32 logits [sequences, vocab], which penalties and biases change in place."""
     params = [sequence.request.sampling for sequence in sequences]
     reporting = [row for row, param in enumerate(params) if param.num_logprobs is not None]
     own_logits = logits[reporting] if reporting else None  # a copy, which penalties leave alone
     if adjust_logits(logits, sequences):
-        likeliest = None
-    token_ids = sample(logits, params, [sequence.num_generated for sequence in sequences], likeliest)
+        found = None
+    token_ids = sample(logits, params, [sequence.num_generated for sequence in sequences], found)
     logprobs: dict[int, TokenLogprob] = {}
     if own_logits is not None:
         tokens = [token_ids[row] or 0 for row in reporting]

@@ -4,6 +4,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence as ReadOnly
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,29 +16,48 @@ _LIKELY = 512
 """So many of the likeliest tokens decide nearly every draw; only the rest takes a sort of the whole vocabulary."""
 
 
+@dataclass(frozen=True, slots=True)
+class FoundTokens:
+    """What is known of a step's tokens before its logits are looked at.
+
+    Per row the likeliest token or, with `has_draws`, the next one; −1 where a logit is not finite, UNDECIDED where only
+    all of the logits tell.
+    """
+
+    tokens: list[int]
+    has_draws: bool = False
+
+
+UNDECIDED = -2
+
+
 def sample(
     logits: Tensor,
     params: ReadOnly[SamplingParams],
     num_generated: ReadOnly[int],
-    likeliest_tokens: ReadOnly[int] | None = None,
+    found: FoundTokens | None = None,
 ) -> list[int | None]:
     """The next token of each row, or None where the logits are not finite.
 
-    logits float32 [rows, vocab]; `num_generated[i]` tokens were drawn for row i before. `likeliest_tokens` is
-    `dispatch.greedy` of the logits where that is known.
+    logits float32 [rows, vocab]; `num_generated[i]` tokens were drawn for row i before.
     """
-    if likeliest_tokens is None:
-        likeliest_tokens = dispatch.greedy(logits).tolist()
-    tokens: list[int | None] = [None if token < 0 else token for token in likeliest_tokens]
-    rows = [row for row, param in enumerate(params) if is_drawn(param) and tokens[row] is not None]
-    uniforms = [_uniform(params[row].seed, num_generated[row]) for row in rows]
-    # A GPU takes all rows in a few launches; a processor gains nothing from that.
-    at_once = len(rows) if logits.is_cuda else 1
-    for start in range(0, len(rows), max(at_once, 1)):
-        part = rows[start : start + at_once]
-        chosen = _draw_likely(logits[part], [params[row] for row in part], uniforms[start : start + at_once])
-        for row, uniform, token in zip(part, uniforms[start : start + at_once], chosen, strict=True):
-            tokens[row] = _draw(logits[row], params[row], uniform) if token < 0 else token
+    found = found or FoundTokens(dispatch.greedy(logits).tolist())
+    tokens: list[int | None] = [None if token == -1 else token for token in found.tokens]
+    if found.has_draws:
+        rows = [row for row, token in enumerate(tokens) if token == UNDECIDED]
+    else:
+        rows = [row for row, param in enumerate(params) if is_drawn(param) and tokens[row] is not None]
+        # A GPU takes all rows in a few launches; a processor gains nothing from that.
+        at_once = len(rows) if logits.is_cuda else 1
+        for start in range(0, len(rows), max(at_once, 1)):
+            part = rows[start : start + at_once]
+            settings = draw_settings([params[row] for row in part], [num_generated[row] for row in part])
+            chosen = draw_likely(logits[part], settings.to(logits.device)).tolist()
+            for row, token in zip(part, chosen, strict=True):
+                tokens[row] = token
+        rows = [row for row in rows if tokens[row] == UNDECIDED]
+    for row in rows:
+        tokens[row] = _draw(logits[row], params[row], _uniform(params[row].seed, num_generated[row]))
     return tokens
 
 
@@ -46,22 +66,43 @@ def is_drawn(params: SamplingParams) -> bool:
     return params.temperature != 0 and params.top_k != 1
 
 
-def _draw_likely(logits: Tensor, params: ReadOnly[SamplingParams], uniforms: ReadOnly[float]) -> list[int]:
-    """`_draw` of each row of logits [rows, vocab], from the likeliest tokens alone; −1 where these do not decide."""
+_NEVER = -1.0
+NOT_DRAWN = (1.0, -math.inf, math.inf, 1.0, _NEVER)
+"""Temperature, logarithm of min-p, top-k, top-p and the number that decides: of a row that is not drawn."""
+NUM_SETTINGS = len(NOT_DRAWN)
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    scaled = logits.double() / column([param.temperature for param in params])
+def draw_settings(params: ReadOnly[SamplingParams], num_generated: ReadOnly[int]) -> Tensor:
+    """What `draw_likely` must know of each row: float64 [NUM_SETTINGS, rows]."""
+    columns = [
+        (
+            param.temperature,
+            math.log(param.min_p) if param.min_p else -math.inf,
+            float(param.top_k or math.inf),
+            param.top_p,
+            _uniform(param.seed, count),
+        )
+        if is_drawn(param)
+        else NOT_DRAWN
+        for param, count in zip(params, num_generated, strict=True)
+    ]
+    return torch.tensor(columns, dtype=torch.float64).view(-1, NUM_SETTINGS).T.contiguous()
+
+
+def draw_likely(logits: Tensor, settings: Tensor) -> Tensor:
+    """`_draw` of each row of logits [rows, vocab], from the likeliest tokens alone: int64 [rows], UNDECIDED where these
+    do not tell, and for rows that are not drawn. Waits for nothing, so that it can be captured as part of a step.
+    """
+    temperature, least_share, top_k, top_p, uniform = settings[:, :, None]
+    scaled = logits.double() / temperature
     vocabulary = scaled.shape[1]
-    ids = scaled.topk(min(_LIKELY, vocabulary)).indices.sort(-1).values
+    top_k = top_k.clamp_max(vocabulary)
+    ids = logits.topk(min(_LIKELY, vocabulary)).indices.sort(-1).values
     values, order = scaled.gather(1, ids).sort(dim=-1, descending=True, stable=True)  # equals in token order
     # Of tokens as likely as the last one here, others may have been left out.
     is_known = values > values[:, -1:] if ids.shape[1] < vocabulary else torch.ones_like(values, dtype=torch.bool)
     num_known = is_known.sum(-1, keepdim=True)
-    least = values[:, :1] + column([math.log(param.min_p) if param.min_p else -math.inf for param in params])
-    top_k = column([float(param.top_k or vocabulary) for param in params])
-    top_p = column([param.top_p for param in params])
+    least = values[:, :1] + least_share
     # Min-p and top-k leave a prefix. If its end is known so is its mass, else that is the mass of all likely enough.
     kept = is_known & (values >= least) & (torch.arange(values.shape[1], device=values.device) < top_k)
     num_kept = kept.sum(-1, keepdim=True)
@@ -75,11 +116,16 @@ def _draw_likely(logits: Tensor, params: ReadOnly[SamplingParams], uniforms: Rea
     ends_here = (has_end | (num_nucleus < num_kept)) & ~mass.isnan()
     last = (num_nucleus - 1).clamp_min(0)
     of_nucleus = torch.where(ends_here, cumulative.gather(1, last), torch.where(top_p >= 1, mass, torch.nan))
-    index = torch.searchsorted(cumulative, column(list(uniforms)) * of_nucleus, right=True)
-    decided = ends_here | ((index < num_kept) & ~of_nucleus.isnan())
+    index = torch.searchsorted(cumulative, uniform * of_nucleus, right=True)
+    decided = (uniform != _NEVER) & (ends_here | ((index < num_kept) & ~of_nucleus.isnan()))
     tokens = ids.gather(1, order.gather(1, index.minimum(last)))
-    chosen: list[int] = torch.where(decided, tokens, -1)[:, 0].tolist()
-    return chosen
+    return torch.where(decided, tokens, UNDECIDED)[:, 0]
+
+
+def next_tokens(likeliest: Tensor, logits: Tensor, settings: Tensor) -> Tensor:
+    """Of each row its likeliest token, or −1, as `dispatch.greedy` gives them, or else what is drawn: int64 [rows]."""
+    drawn = draw_likely(logits, settings)
+    return torch.where((settings[-1] == _NEVER) | (likeliest < 0), likeliest, drawn)
 
 
 def _draw(logits: Tensor, params: SamplingParams, uniform: float) -> int:

@@ -209,6 +209,27 @@ def test_what_was_begun_for_a_request_that_stopped_is_forgotten():
     assert core.take_stats().kv_pages_used == 0
 
 
+def test_a_step_that_cannot_decide_once_another_has_followed_is_run_again():
+    runner = FakeRunner(runs_ahead=True)
+    core = fake_core(runner)
+    requests = [make_request("a", [3, 4], max_tokens=6), make_request("b", [5], max_tokens=20)]
+    events = [event for request in requests for event in core.add(request)]
+    for number in range(4):
+        events += core.step()
+        core.check_integrity()
+        if number == 2:
+            runner.undecided_next = True
+            events += core.abort("a")
+    while core.has_work:
+        events += core.step()
+    assert not runner.undecided_next
+    texts = {
+        name: [token for event in events if event.request_id == name for token in event.token_ids] for name in "ab"
+    }
+    assert texts["b"] == answer_of(requests[1])[0]
+    assert texts["a"] == answer_of(requests[0])[0][: len(texts["a"])]
+
+
 def test_an_abort_while_a_step_is_under_way_frees_its_pages():
     core = fake_core(FakeRunner(runs_ahead=True))
     core.add(make_request("a", [3, 4], max_tokens=100))

@@ -60,10 +60,18 @@ def tiny_gpu_decoder(tmp_path_factory):
 
 
 @pytest.mark.gpu
-def test_greedy_texts_alone_and_in_a_mixed_batch_are_equal_and_eager_steps_agree(tiny_gpu_decoder):
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 3.0}], ids=str)
+def test_texts_alone_and_in_a_mixed_batch_are_equal_and_eager_steps_agree(tiny_gpu_decoder, sampling):
     generator = torch.Generator().manual_seed(3)
     requests = [
-        make_request(str(index), torch.randint(4, 500, (length,), generator=generator).tolist(), 24, width)
+        make_request(
+            str(index),
+            torch.randint(4, 500, (length,), generator=generator).tolist(),
+            24,
+            width,
+            seed=index,
+            **(sampling if index % 3 else {}),
+        )
         for index, (width, length) in enumerate([(4, 30), (2, 100), (8, 7), (4, 63), (3, 64), (6, 1), (2, 5)])
     ]
     before = fallbacks.snapshot()

@@ -1,14 +1,25 @@
 """The next token: greedy or drawn, by definition, and by nothing but the request's own seed and position."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybit.engine.sampling import _draw, _draw_likely, sample
+from anybit.engine.sampling import (
+    UNDECIDED,
+    FoundTokens,
+    _draw,
+    _uniform,
+    draw_likely,
+    draw_settings,
+    next_tokens,
+    sample,
+)
 from anybit.engine.types import SamplingParams
+from anybit.kernels import dispatch
 
 LOGITS = torch.tensor([1.0, 2.5, -3.0, 2.5, 0.3, -0.7, 1.9, 0.0])
 
@@ -161,20 +172,33 @@ def test_logits_that_are_not_finite_give_no_token_in_their_row_only(bad, tempera
 def test_the_likely_tokens_decide_as_all_do(vocabulary, spread, cut, temperature, seed):
     logits = spread * torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
     param = params(**{"temperature": temperature, **cut})
-    uniforms = [(seed * 0.618 + index / 7) % 1 for index in range(7)]
-    found = _draw_likely(logits.expand(7, -1), [param] * 7, uniforms)
-    for token, uniform in zip(found, uniforms, strict=True):
-        assert token in (-1, _draw(logits, param, uniform))
+    param = replace(param, seed=seed)
+    found = draw_likely(logits.expand(7, -1), draw_settings([param] * 7, range(7))).tolist()
+    for count, token in enumerate(found):
+        assert token in (UNDECIDED, _draw(logits, param, _uniform(seed, count)))
 
 
 def test_a_draw_from_a_usual_distribution_sorts_no_vocabulary(monkeypatch):
     logits = 3 * torch.randn(49152, generator=torch.Generator().manual_seed(0))
-    uniforms = [(index + 0.5) / 50 for index in range(50)]
     for cut, at_least in [
         ({"top_p": 0.9, "temperature": 0.8}, 50),
         ({"top_k": 50}, 50),
         ({"min_p": 0.05}, 50),
         ({}, 20),
     ]:
-        found = _draw_likely(logits.expand(50, -1), [params(**cut)] * 50, uniforms)
-        assert sum(token >= 0 for token in found) >= at_least
+        found = draw_likely(logits.expand(50, -1), draw_settings([params(**cut)] * 50, range(50)))
+        assert int((found >= 0).sum()) >= at_least
+
+
+def test_a_step_that_draws_finds_what_sampling_finds_and_says_what_it_cannot():
+    rows = [params(temperature=0.0), params(top_p=0.9, seed=3), params(top_k=1), params(seed=4), params(seed=5)]
+    counts = [0, 7, 2, 3, 1]
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1))
+    logits[:3] *= 5  # the last two are so flat that the likely tokens decide little
+    logits[4, 17] = math.nan
+    found = next_tokens(dispatch.greedy(logits), logits, draw_settings(rows, counts)).tolist()
+    expected = sample(logits, rows, counts)
+    assert found[:3] == expected[:3]
+    assert found[3] in (UNDECIDED, expected[3])
+    assert found[4] == -1
+    assert sample(logits, rows, counts, FoundTokens(found, has_draws=True)) == expected

@@ -62,6 +62,13 @@ class CoreMachine(RuleBasedStateMachine):
         assert started == 1 or self.runner.runs_ahead, "there was work but nothing ran"
         assert 0 <= started <= 2
 
+    @precondition(lambda self: self.core.has_work and self.runner.runs_ahead)
+    @rule()
+    def step_that_is_undecided(self):
+        self.runner.undecided_next = True
+        self.take(self.core.step())
+        self.runner.undecided_next = False
+
     @precondition(lambda self: self.core.has_work)
     @rule()
     def step_that_fails(self):
