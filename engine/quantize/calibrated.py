@@ -28,9 +28,6 @@ from anybit.kernels.cpu.bindings import set_threads
 
 logger = logging.getLogger("anybit.quantize")
 
-_STEP_TOKENS = {2: 256, 3: 512, 4: 512}
-"""Tokens of a training step through the whole model: at 2 bits more steps help more than more tokens in each."""
-
 Progress = Callable[[int, int, str], None]
 
 
@@ -79,7 +76,7 @@ def _described(options: QuantizeOptions, recipe: Recipe, token_ids: Tensor) -> d
         "balance": recipe.balance,
         "true_sequential": recipe.true_sequential,
         "block_training_steps": 0 if recipe.training is None else recipe.training.steps,
-        "end_to_end_steps": {str(width): steps for width, steps in recipe.end_to_end.items()},
+        "end_to_end_steps": {str(width): options.steps for width, options in recipe.end_to_end.items()},
         "seed": options.seed,
     }
 
@@ -118,9 +115,9 @@ class ModelSolver:
         self._progress = progress
         self._blocks = BlockSolver(source, config, options, recipe, device)
         self._end_to_end = {
-            width: steps for width, steps in recipe.end_to_end.items() if width in self._blocks.shared_widths
+            width: options for width, options in recipe.end_to_end.items() if width in self._blocks.shared_widths
         }
-        self._total = config.num_layers + sum(self._end_to_end.values())
+        self._total = config.num_layers + sum(options.steps for options in self._end_to_end.values())
 
     def solve(self, token_ids: Tensor) -> list[SolvedBlock]:
         """All blocks, on the CPU unless they are trained together; token_ids int64 [sequences, context]."""
@@ -142,7 +139,7 @@ class ModelSolver:
 
     def _train_end_to_end(self, solved: list[SolvedBlock], embedded: Tensor, streams: Streams) -> None:
         done = self._config.num_layers
-        for width, steps in self._end_to_end.items():
+        for width, options in self._end_to_end.items():
             name = f"end-to-end-{width}"
             parts = self._work.load_parts(name, len(solved), self._device)
             if parts is None:
@@ -151,19 +148,19 @@ class ModelSolver:
                 def report(step: int, started: int = started, width: int = width) -> None:
                     self._progress(started + step, self._total, f"{width} bits through the whole model")
 
-                parts = self._train_width(solved, width, steps, embedded, streams.float_hidden, report)
+                parts = self._train_width(solved, width, options, embedded, streams.float_hidden, report)
                 self._work.save_parts(name, parts)
             for block, sites in zip(solved, parts, strict=True):
                 for site, part in sites.items():
                     weight = block.weights[site]
                     block.weights[site] = CodedWeight(weight.codes, {**weight.parts, width: part})
-            done += steps
+            done += options.steps
 
     def _train_width(
         self,
         solved: list[SolvedBlock],
         width: int,
-        steps: int,
+        options: EndToEndOptions,
         embedded: Tensor,
         targets: Tensor,
         progress: Callable[[int], None],
@@ -181,9 +178,9 @@ class ModelSolver:
         ]
         generator = torch.Generator().manual_seed(self._options.seed + width)
         order = torch.randperm(len(embedded), generator=generator).tolist()
-        options = EndToEndOptions(steps, _batch(embedded, width), train_scales=not fixed_scales)
+        options = replace(options, train_scales=not fixed_scales)
         data = Distillation(embedded, targets, self._head(), order)
-        recompute = self._must_recompute(embedded, options.batch)
+        recompute = self._must_recompute(embedded, options.sequences(embedded))
         return train_end_to_end(blocks, width, data, options, recompute, progress)
 
     def _head(self) -> Callable[[Tensor], Tensor]:
@@ -199,18 +196,13 @@ class ModelSolver:
 
         return head
 
-    def _must_recompute(self, embedded: Tensor, batch: int) -> bool:
+    def _must_recompute(self, embedded: Tensor, together: int) -> bool:
         """Whether a step's activations and all weights in float would take more than half of the free memory."""
         config = self._config
         per_token = 12 * config.hidden_size + 6 * config.intermediate_size
-        activations = config.num_layers * batch * embedded.shape[1] * per_token
+        activations = config.num_layers * together * embedded.shape[1] * per_token
         weights = config.num_layers * (4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
         return 4 * (activations + weights) > free_bytes(self._device) // 2
-
-
-def _batch(embedded: Tensor, width: int) -> int:
-    """Sequences of a training step at this width, [sequences, tokens, hidden]."""
-    return max(1, _STEP_TOKENS[width] // embedded.shape[1])
 
 
 def by_name(layer: int, block: SolvedBlock, config: DecoderConfig) -> dict[str, CodedWeight]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from anybit.engine.quantize.options import QuantizeOptions
+from anybit.engine.quantize.solve.end_to_end import EndToEndOptions
 from anybit.engine.quantize.solve.methods import Solver, solve_decoupleq, solve_joint
 from anybit.engine.quantize.solve.relaxation import relaxed_pass
 from anybit.engine.quantize.solve.training import TrainingOptions
@@ -19,7 +20,7 @@ class Recipe:
     `prefix_hessians`: a width's Hessians come from activations that the quantized blocks before produced at that
     width, else from the float model. `prefix_target`: a block learns to do to a width's own input what the float block
     does to it (decoupleQ), else to give what the float model has at this depth. `balance` is the power of a channel's
-    size by which its weights are scaled. `end_to_end` maps widths to steps of training through the whole model.
+    size by which its weights are scaled. `end_to_end` maps widths to their training through the whole model.
     """
 
     solver: Solver | None
@@ -34,7 +35,7 @@ class Recipe:
     training: TrainingOptions | None = None
     training_sequences: int = 0
     importance: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys((2, 3, 4, 6, 8), 1.0))
-    end_to_end: Mapping[int, int] = field(default_factory=dict)
+    end_to_end: Mapping[int, EndToEndOptions] = field(default_factory=dict)
 
     @property
     def needs_prefix(self) -> bool:
@@ -42,6 +43,12 @@ class Recipe:
         return self.prefix_hessians or self.training is not None
 
 
+# The wider, the smaller the steps that still help: what is learnt at a larger rate does not carry over to other text.
+_END_TO_END = {
+    2: EndToEndOptions(48, 256, 2e-3),
+    3: EndToEndOptions(24, 512, 1e-3),
+    4: EndToEndOptions(3, 512, 5e-4),
+}
 HELD_OUT = 2
 """Sequences of the training ones that only decide whether a block's training is kept."""
 
@@ -72,12 +79,11 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
             training_sequences=min(34, options.sequences or 64),
         )
     if options.damping is None:
-        # A low nibble lies in the wide range that the high one left, so where its error goes must be known more exactly.
-        damping = {2: 0.1, 3: 0.1, 4: 0.1, 6: 0.01, 8: 0.01}
+        damping = dict.fromkeys(damping, 0.1)
     # Of equally many tokens, many short windows generalise better at 2 bits than few long ones.
     return Recipe(
         solve_joint,
-        options.sequences or 64,
+        options.sequences or 96,
         options.context or 256,
         damping,
         prefix_hessians=options.true_sequential,
@@ -85,5 +91,5 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
         balance=0.25,
         training=TrainingOptions(steps=8, tokens=256, learning_rate=4e-3) if trained else None,
         training_sequences=min(16, options.sequences or 64),
-        end_to_end={2: 48, 3: 24, 4: 6} if trained else {},
+        end_to_end=_END_TO_END if trained else {},
     )

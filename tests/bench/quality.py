@@ -19,17 +19,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from quality_sources import RotatedSource
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from anybit.engine.batch import BatchPlan
 from anybit.engine.evaluate.comparison import Comparison
 from anybit.engine.evaluate.perplexity import score_windows
 from anybit.engine.evaluate.text import read_text, windows
 from anybit.engine.evaluate.variant import Variant
 from anybit.engine.machine import describe_device, keep_freed_memory, physical_cores, resolve_device
+from anybit.engine.models.decoder import Decoder
 from anybit.engine.quantize.options import SHIPPED, QuantizeOptions
 from anybit.engine.quantize.prepare import fetch_source
 from anybit.engine.quantize.run import quantize
@@ -37,6 +40,7 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.selfcheck import check_checkpoint
 from anybit.engine.weights.source import SourceModel
 from anybit.kernels.cpu.bindings import set_threads
+from anybit.kvcache.pool import KVPool
 
 WIDTHS = (2, 3, 4, 6, 8)
 CONTEXT = 1024
@@ -97,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--variant", choices=("original", "rotated", "both"), default="both")
     parser.add_argument("--widths", type=lambda text: tuple(map(int, text.split(","))), default=WIDTHS)
-    parser.add_argument("--sequences", type=int, default=64, help="windows that calibrated rows see")
+    parser.add_argument("--sequences", type=int, default=96, help="windows that calibrated rows see")
     parser.add_argument("--context", type=int, default=256, help="tokens of such a window")
     parser.add_argument("--seeds", type=int, default=3, help="of rows that have several")
     parser.add_argument("--source", default="demo")
@@ -118,7 +122,28 @@ def main() -> None:
         run_rows(source if variant == "original" else RotatedSource(source), variant, arguments)
 
 
+class Remembered:
+    """A decoder that computes the hidden states of known windows once: the float model is scored with every row."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._window: tuple[int, ...] = ()
+        self._hidden: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
+        """Of one sequence's next tokens, [tokens, hidden]."""
+        tokens = tuple(plan.token_ids.tolist())
+        self._window = tokens if int(plan.positions[0]) == 0 else self._window + tokens
+        if self._window not in self._hidden:
+            self._hidden[self._window] = self._decoder.forward(plan, pool)
+        return self._hidden[self._window]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+
 def run_rows(source: SourceModel, variant: str, arguments: argparse.Namespace) -> None:
+    float_decoder: Remembered | None = None
     for name in arguments.rows.split(","):
         row = ROWS[name]
         for seed in row.seeds[: arguments.seeds]:
@@ -128,7 +153,10 @@ def run_rows(source: SourceModel, variant: str, arguments: argparse.Namespace) -
                     [(width,) for width in row.widths if width in arguments.widths] if row.single else [row.widths]
                 )
             ]
-            results = score(source, checkpoints, arguments)
+            if float_decoder is None:
+                reader = CheckpointReader(checkpoints[0][0])
+                float_decoder = Remembered(comparison_of(reader, arguments).unquantized(source).decoder)
+            results = score(float_decoder, checkpoints, arguments)
             entry = {"method": row.name, "variant": variant, "seed": seed, **results}
             store(arguments.json, entry, row.single, arguments)
             if not arguments.keep:
@@ -165,20 +193,20 @@ def make_checkpoint(
     return directory, minutes
 
 
+def comparison_of(reader: CheckpointReader, arguments: argparse.Namespace) -> Comparison:
+    return Comparison(reader, CONTEXT, 8, "bf16", resolve_device(arguments.device))
+
+
 def score(
-    source: SourceModel, checkpoints: Sequence[tuple[Path, float]], arguments: argparse.Namespace
+    float_decoder: Remembered, checkpoints: Sequence[tuple[Path, float]], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     set_threads(physical_cores())
     torch.set_num_threads(physical_cores())
-    device = resolve_device(arguments.device)
     variants: list[Variant] = []
-    reference: Variant | None = None
     made_in: list[float] = []
     for directory, minutes in checkpoints:
         reader = CheckpointReader(directory)
-        comparison = Comparison(reader, CONTEXT, 8, "bf16", device)
-        reference = reference or comparison.unquantized(source)
-        nested = comparison.nested(reader.manifest.bit_widths)
+        nested = comparison_of(reader, arguments).nested(reader.manifest.bit_widths)
         if reader.manifest.method_options.get("per_channel"):
             for variant in nested:
                 variant.effective_bits = variant.bit_width + _channel_bits(reader)
@@ -186,8 +214,7 @@ def score(
         made_in += [minutes] * len(nested)
     tokenizer = Tokenizer.from_file(str(checkpoints[0][0] / "tokenizer.json"))
     token_ids = tokenizer.encode(read_text(arguments.text), add_special_tokens=False).ids
-    if reference is None:
-        raise ValueError("There is nothing to score.")
+    reference = Variant("float", cast(Decoder, float_decoder), 8, "bf16", 32.0, "float")
     score_windows([reference, *variants], windows(token_ids, CONTEXT, MAX_TOKENS), reference)
     return {
         "float_perplexity": reference.perplexity,

@@ -109,9 +109,9 @@ def main() -> None:
     one, peak_one = _step_seconds(solver, config, solved, 1, hidden, device)
     three, peak_three = _step_seconds(solver, config, solved, 3, hidden, device)
     per_block, head = (three - one) / 2, one - (three - one) / 2
-    steps = sum(recipe.end_to_end.values())
+    sequences = sum(options.steps * options.sequences(hidden) for options in recipe.end_to_end.values())
     layers = config.num_layers
-    hours = (layers * (block_seconds + save_seconds) + steps * (layers * per_block + head)) / 3600
+    hours = (layers * (block_seconds + save_seconds) + sequences * (layers * per_block + head)) / 3600
     bytes_per_block = (peak_three - peak_one) // 2
     report = {
         "device": describe_device(device),
@@ -121,9 +121,9 @@ def main() -> None:
         "block_seconds": round(block_seconds, 2),
         "block_peak_gib": round(block_peak / 2**30, 2),
         "save_seconds": round(save_seconds, 2),
-        "end_to_end_steps": steps,
-        "end_to_end_step_seconds_per_block": round(per_block, 4),
-        "end_to_end_step_seconds_head": round(head, 4),
+        "end_to_end_sequences": sequences,
+        "end_to_end_sequence_seconds_per_block": round(per_block, 4),
+        "end_to_end_sequence_seconds_head": round(head, 4),
         "end_to_end_peak_gib_estimate": round((peak_one + (layers - 1) * bytes_per_block) / 2**30, 2),
         "hours_estimate": round(hours, 3),
         "host_resident_gib": round(resident_bytes() / 2**30, 2),

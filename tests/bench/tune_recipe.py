@@ -3,10 +3,10 @@
     python tests/bench/tune_recipe.py --calibration FILE --text FILE --json OUT --device cuda \\
         --setting 'base={}' --setting 'few steps={"training": {"steps": 4}}' --setting 'codes={"code_importance": {"2": 1}}'
 
-A setting changes fields of `engine.quantize.recipes.Recipe`; `training` changes some of its own fields, `code_importance`
-the widths' weights in the descent over codes, and `step_tokens` the tokens of a step of training through the model. Each is
-quantized and scored once per --variant and --seeds. Scores are those of the codes dequantized to float32 and run over
-whole windows, which is many times faster than the serving path and differs from it by less than settings do.
+A setting changes fields of `engine.quantize.recipes.Recipe`; `training` and a width of `end_to_end` change some of their own
+fields, `code_importance` the widths' weights in the descent over codes. Each is quantized and scored once per --variant and
+--seeds. Scores are those of the codes dequantized to float32 and run over whole windows, which is many times faster than
+the serving path and differs from it by less than settings do.
 """
 
 import argparse
@@ -102,11 +102,9 @@ def measure(
         device=arguments.device,
     )
     codes = {**methods._LOW_IMPORTANCE, **_by_width(changes.get("code_importance", {}))}
-    tokens = {**calibrated._STEP_TOKENS, **_by_width(changes.get("step_tokens", {}))}
     with (
         tempfile.TemporaryDirectory() as directory,
         patch.object(methods, "_LOW_IMPORTANCE", codes),
-        patch.object(calibrated, "_STEP_TOKENS", tokens),
         patch.object(calibrated, "recipe_for", lambda asked: changed(recipe_for(asked), changes)),
     ):
         started = time.perf_counter()
@@ -119,10 +117,15 @@ def measure(
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    fields = {name: value for name, value in changes.items() if name not in ("code_importance", "step_tokens")}
+    fields = {name: value for name, value in changes.items() if name != "code_importance"}
     if "training" in fields and recipe.training is not None:
         fields["training"] = replace(recipe.training, **fields["training"])
-    for name in ("end_to_end", "importance", "damping"):
+    if "end_to_end" in fields:
+        widths = _by_width(fields["end_to_end"])
+        fields["end_to_end"] = {
+            width: replace(options, **widths.get(width, {})) for width, options in recipe.end_to_end.items()
+        }
+    for name in ("importance", "damping"):
         if name in fields:
             fields[name] = {**getattr(recipe, name), **_by_width(fields[name])}
     return replace(recipe, **fields)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_TOKENS = 1024
+_STRIP = 384
 
 
 class InputMoments:
@@ -16,6 +17,7 @@ class InputMoments:
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
+        # Of a symmetric matrix strips of rows are summed from their diagonal block to the right.
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._mean_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.num_tokens = 0
@@ -33,7 +35,9 @@ class InputMoments:
             self.num_skipped += int((~finite).sum())
             rows = rows[finite]
         for chunk in torch.split(rows, _CHUNK_TOKENS):
-            self._sum += chunk.T @ chunk
+            for start in range(0, chunk.shape[1], _STRIP):
+                strip = slice(start, start + _STRIP)
+                self._sum[strip, start:] += chunk[:, strip].T @ chunk[:, start:]
             self._mean_sum += chunk.sum(0)
         self.num_tokens += rows.shape[0]
 
@@ -46,7 +50,7 @@ class InputMoments:
     @property
     def hessian(self) -> Tensor:
         """E[x xᵀ], float64 [in, in]."""
-        return self._sum / max(self.num_tokens, 1)
+        return (self._sum.triu() + self._sum.triu(1).T) / max(self.num_tokens, 1)
 
     @property
     def mean(self) -> Tensor:

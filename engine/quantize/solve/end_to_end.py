@@ -23,12 +23,16 @@ _COMPARED_TOGETHER = 128
 
 @dataclass(frozen=True, slots=True)
 class EndToEndOptions:
-    """`steps` of Adam (β = 0.9, 0.99), `batch` sequences each; the rate falls linearly to zero."""
+    """`steps` of Adam (β = 0.9, 0.99) that see so many tokens each; the rate falls linearly to zero."""
 
     steps: int
-    batch: int = 1
+    tokens: int = 256
     learning_rate: float = 2e-3
     train_scales: bool = True  # else only the zeros
+
+    def sequences(self, embedded: Tensor) -> int:
+        """Of a step, where sequences are [sequences, tokens, hidden]."""
+        return max(1, self.tokens // embedded.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,9 @@ def train_end_to_end(
         with training_products(hidden.device):
             return blocks[index].block(hidden, weights, blocks[index].vectors)
 
+    together = options.sequences(data.embedded)
     for step in range(options.steps):
-        chosen = [data.order[(step * options.batch + i) % len(data.order)] for i in range(options.batch)]
+        chosen = [data.order[(step * together + i) % len(data.order)] for i in range(together)]
         hidden = data.embedded[chosen]
         for index in range(len(blocks)):
             hidden = (

@@ -9,7 +9,7 @@ from torch import Tensor
 from anybit.engine.quantize.calibrate.moments import DampedHessian
 from anybit.engine.quantize.solve.affine import accept_better_rows, initial_solution, refit
 from anybit.engine.quantize.solve.coded import CodedWeight, FloatPart
-from anybit.engine.quantize.solve.problem import NestedProblem, NestedSolution, proxy_loss, target_energy
+from anybit.engine.quantize.solve.problem import NestedProblem, NestedSolution, proxy_loss
 from anybit.engine.quantize.solve.sweep import descent_pass, gptq_pass
 from anybit.kernels import layout
 
@@ -18,8 +18,8 @@ Hessians = Mapping[int, DampedHessian]
 
 _DECOUPLEQ_ROUNDS = 3
 _DESCENT_PASSES = 3
-_RESIDUAL_PASSES = 2
-_LOW_IMPORTANCE = {2: 2.0, 3: 1.2, 4: 1.0}
+_RESIDUAL_PASSES = 1
+_LOW_IMPORTANCE = {2: 1.25, 3: 1.3, 4: 1.25}
 _REMAINDER_IMPORTANCE = 1.0
 _RESIDUAL_IMPORTANCE = {6: 2.0, 8: 1.0}
 
@@ -109,21 +109,22 @@ def solve_shared(
     `has_residual`: a low nibble will follow. What clipping cuts off the high one widens the range that it must cover.
     """
     widths = tuple(sorted(bit_widths))
+    energies = _energies(weight, hessians, widths)
     problem = NestedProblem(
         widths,
         max(widths),
         group_size,
         weight.expand(len(widths), *weight.shape),
         tuple(hessians[width] for width in widths),
-        _balanced(weight, hessians, widths, _LOW_IMPORTANCE if len(widths) > 1 else dict.fromkeys(widths, 1.0)),
+        _balanced(energies, _LOW_IMPORTANCE if len(widths) > 1 else dict.fromkeys(widths, 1.0)),
         _REMAINDER_IMPORTANCE if has_residual else 0.0,
     )
     solution = solver(problem)
     codes = solution.codes << (layout.CODE_BITS - max(widths))
-    solved = _solved(problem, solution, codes, widths)
+    coded = CodedWeight(codes, _parts(solution, widths))
     if max(widths) > layout.NIBBLE_BITS:
-        return Solved(solved.weight.with_high_step(max(widths)), solved.losses)
-    return solved
+        coded = coded.with_high_step(max(widths))
+    return Solved(coded, _losses(problem, solution, energies))
 
 
 def solve_residual(weight: Tensor, high: CodedWeight, hessians: Hessians, bit_widths: Sequence[int]) -> Solved:
@@ -145,11 +146,8 @@ def solve_residual(weight: Tensor, high: CodedWeight, hessians: Hessians, bit_wi
         tuple(_RESIDUAL_IMPORTANCE[width] * 4.0 ** (width - 4) for width in widths),
     )
     solution = solve_fine(problem)
-    solved = _solved(problem, solution, high.codes | solution.codes, widths)
-    parts = {**high.parts, **solved.weight.parts}
-    energy = float(((weight @ hessians[widths[0]].matrix.float()) * weight).sum())
-    losses = proxy_loss(problem, solution).sum(1) / energy
-    return Solved(CodedWeight(solved.weight.codes, parts), dict(zip(widths, losses.tolist(), strict=True)))
+    coded = CodedWeight(high.codes | solution.codes, {**high.parts, **_parts(solution, widths)})
+    return Solved(coded, _losses(problem, solution, _energies(weight, hessians, widths)))
 
 
 def solve_uniform(
@@ -163,7 +161,8 @@ def solve_uniform(
     widths = tuple(sorted(bit_widths))
     solved_for = widths[-1:] if sliced else widths
     targets = weight.expand(len(widths), *weight.shape)
-    importance = _balanced(weight, hessians, widths, {2: 1.0, 3: 1.0, 4: 1.0, 6: 0.05, 8: 0.01})
+    energies = _energies(weight, hessians, widths)
+    importance = _balanced(energies, {2: 1.0, 3: 1.0, 4: 1.0, 6: 0.05, 8: 0.01})
     matrices = tuple(hessians[width] for width in widths)
     full = NestedProblem(widths, max(widths), group_size, targets, matrices, importance)
     chosen = [widths.index(width) for width in solved_for]
@@ -192,26 +191,34 @@ def solve_uniform(
     if max(widths) > layout.NIBBLE_BITS:
         shared.scale = torch.where(tied, scales, shared.scale)
         shared.zero = torch.where(tied, zeros, shared.zero)
-    solved = _solved(full, shared, shared.codes << (layout.CODE_BITS - max(widths)), widths)
+    coded = CodedWeight(shared.codes << (layout.CODE_BITS - max(widths)), _parts(shared, widths))
     if max(widths) > layout.NIBBLE_BITS and layout.NIBBLE_BITS not in widths:
-        return Solved(solved.weight.with_high_step(max(widths)), solved.losses)
-    return solved
+        coded = coded.with_high_step(max(widths))
+    return Solved(coded, _losses(full, shared, energies))
 
 
-def _balanced(
-    weight: Tensor, hessians: Hessians, widths: Sequence[int], importance: Mapping[int, float]
-) -> tuple[float, ...]:
+def _energies(weight: Tensor, hessians: Hessians, widths: Sequence[int]) -> dict[int, float]:
+    """tr(WHWᵀ) by width; widths that share a Hessian share the product."""
+    found: dict[int, float] = {}
+    for width in widths:
+        hessian = hessians[width]
+        if id(hessian) not in found:
+            found[id(hessian)] = float(((weight @ hessian.matrix.float()) * weight).sum()) or 1.0
+    return {width: found[id(hessians[width])] for width in widths}
+
+
+def _balanced(energies: Mapping[int, float], importance: Mapping[int, float]) -> tuple[float, ...]:
     """Importances that make the widths' losses comparable: a bit more is a quarter of the error."""
-    energies = [float(((weight @ hessians[width].matrix.float()) * weight).sum()) or 1.0 for width in widths]
-    weights = [
-        importance[width] * 4.0 ** (width - widths[0]) / energy for width, energy in zip(widths, energies, strict=True)
-    ]
+    weights = [importance[width] * 4.0 ** (width - min(energies)) / energy for width, energy in energies.items()]
     return tuple(value / weights[0] for value in weights)
 
 
-def _solved(problem: NestedProblem, solution: NestedSolution, codes: Tensor, widths: Sequence[int]) -> Solved:
-    losses = (proxy_loss(problem, solution).sum(1) / target_energy(problem).clamp_min(1e-30)).tolist()
-    parts = {
+def _losses(problem: NestedProblem, solution: NestedSolution, energies: Mapping[int, float]) -> dict[int, float]:
+    losses = proxy_loss(problem, solution).sum(1).tolist()
+    return {width: loss / energy for (width, energy), loss in zip(energies.items(), losses, strict=True)}
+
+
+def _parts(solution: NestedSolution, widths: Sequence[int]) -> dict[int, FloatPart]:
+    return {
         width: FloatPart(scale, zero) for width, scale, zero in zip(widths, solution.scale, solution.zero, strict=True)
     }
-    return Solved(CodedWeight(codes, parts), dict(zip(widths, losses, strict=True)))

@@ -72,11 +72,6 @@ def proxy_loss(problem: NestedProblem, solution: NestedSolution) -> Tensor:
     return ((error @ problem.hessian_stack) * error).sum(2, dtype=torch.float64)
 
 
-def target_energy(problem: NestedProblem) -> Tensor:
-    """tr(T H Tᵀ) per width, the loss of weights that are all zero: float64 [widths]."""
-    return ((problem.targets @ problem.hessian_stack) * problem.targets).sum((1, 2), dtype=torch.float64)
-
-
 def _stack(matrices: list[Tensor]) -> Tensor:
     first = matrices[0]
     if all(matrix is first for matrix in matrices):
