@@ -17,8 +17,7 @@ _WARM_UP_STEPS = 2
 
 
 def bench_decode(
-    subject: DecodeSubject,
-    bit_widths: Sequence[int],
+    subjects: Sequence[tuple[DecodeSubject, Sequence[int]]],
     batches: Sequence[int],
     context: int,
     steps: int,
@@ -27,14 +26,17 @@ def bench_decode(
 ) -> dict[str, Any]:
     """The `bench decode` report of CONTRACT: medians over `rounds` alternating rounds of `steps` decode steps each.
 
-    Every sequence has `context` tokens of prompt in the cache before the clock starts.
+    `subjects` come with the widths to measure, no width twice. Every sequence has `context` tokens of prompt in the cache
+    before the clock starts.
     """
+    subject = subjects[0][0]
     bandwidth = copy_bytes_per_second(subject.device)
-    cells = [(width, batch) for width in bit_widths for batch in batches]
+    of_width = {width: subject for subject, bit_widths in subjects for width in bit_widths}
+    cells = [(width, batch) for width in of_width for batch in batches]
     samples: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
     for round_index in range(rounds):
         for index, (width, batch) in enumerate(cells):
-            samples[width, batch].append(_step_seconds(subject, width, batch, context, steps))
+            samples[width, batch].append(_step_seconds(of_width[width], width, batch, context, steps))
             progress(round_index * len(cells) + index + 1, rounds * len(cells))
     return {
         "device": f"{platform.machine()} {subject.device_name}",
@@ -42,7 +44,7 @@ def bench_decode(
         "shape": subject.name,
         "copy_gb_per_second": bandwidth / 1e9,
         "rows": [
-            _row(subject, width, batch, context, statistics.median(samples[width, batch]), bandwidth)
+            _row(of_width[width], width, batch, context, statistics.median(samples[width, batch]), bandwidth)
             for width, batch in cells
         ],
     }

@@ -12,8 +12,8 @@ from anybit.engine.bench.shapes import Shape
 from anybit.engine.bench.subject import DecodeSubject
 from anybit.engine.config import EngineConfig
 from anybit.engine.core import EngineCore
-from anybit.engine.layers.embedding import NestedVocabulary
-from anybit.engine.layers.linear import NestedLinear
+from anybit.engine.layers.embedding import DenseVocabulary, NestedVocabulary, VocabularyTable
+from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
 from anybit.engine.machine import describe_device, keep_freed_memory, physical_cores, resolve_device, use_threads
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
@@ -25,10 +25,15 @@ from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import KVSpec
 
 _GROUP_SIZE = 128
+UNQUANTIZED = 16
+"""The width that stands for bfloat16 weights in reports."""
 
 
 class RandomLoader:
-    """Gives a decoder random nested weights that keep activations near 1, and counts what a pass reads."""
+    """Gives a decoder random weights that keep activations near 1, and counts what a pass reads.
+
+    Nested ones, at `bit_widths`; where these are UNQUANTIZED alone, bfloat16.
+    """
 
     def __init__(
         self, config: DecoderConfig, bit_widths: Sequence[int], lm_head_bits: int, device: torch.device
@@ -39,26 +44,34 @@ class RandomLoader:
         }
         self._config = config
         self._bit_widths = tuple(bit_widths)
+        self._is_dense = self._bit_widths == (UNQUANTIZED,)
         self._lm_head_bits = lm_head_bits
         self._device = device
         self.linear_bytes: Counter[int] = Counter()
         self.head_bytes = 0
 
-    def linear(self, prefixes: Sequence[str], bias: bool) -> NestedLinear:
+    def linear(self, prefixes: Sequence[str], bias: bool) -> Linear:
         names = [prefix.rsplit(".", 1)[-1] for prefix in prefixes]
         rows = sum(self._config.outputs_of(name) for name in names)
-        columns = self._columns.get(names[0], self._config.hidden_size)
-        weight = random_weight(Shape(rows, columns), _GROUP_SIZE, self._bit_widths, self._device)
+        shape = Shape(rows, self._columns.get(names[0], self._config.hidden_size))
+        biases = torch.zeros(rows, device=self._device) if bias else None
+        if self._is_dense:
+            matrix = self._matrix(shape)
+            self.linear_bytes[UNQUANTIZED] += matrix.nbytes
+            return DenseLinear(matrix, None if biases is None else biases.to(matrix.dtype))
+        weight = random_weight(shape, _GROUP_SIZE, self._bit_widths, self._device)
         for width in self._bit_widths:
             self.linear_bytes[width] += weight.bytes_read(width)
-        return NestedLinear(dispatch.prepare(weight), torch.zeros(rows, device=self._device) if bias else None)
+        return NestedLinear(dispatch.prepare(weight), biases)
 
-    def vocabulary(self, prefix: str) -> NestedVocabulary:
+    def vocabulary(self, prefix: str) -> VocabularyTable:
         del prefix
-        config = self._config
-        weight = random_weight(
-            Shape(config.vocab_size, config.hidden_size), _GROUP_SIZE, (self._lm_head_bits,), self._device
-        )
+        shape = Shape(self._config.vocab_size, self._config.hidden_size)
+        if self._is_dense:
+            matrix = self._matrix(shape)
+            self.head_bytes = matrix.nbytes
+            return DenseVocabulary(matrix)
+        weight = random_weight(shape, _GROUP_SIZE, (self._lm_head_bits,), self._device)
         self.head_bytes = weight.bytes_read(self._lm_head_bits)
         return NestedVocabulary(dispatch.prepare(weight), self._lm_head_bits)
 
@@ -66,16 +79,23 @@ class RandomLoader:
         size = self._config.head_dim if name.endswith(("q_norm.weight", "k_norm.weight")) else self._config.hidden_size
         return torch.ones(size, device=self._device)
 
+    def _matrix(self, shape: Shape) -> Tensor:
+        matrix = torch.randn(shape.out_features, shape.in_features, dtype=torch.bfloat16, device=self._device)
+        return matrix.mul_(shape.in_features**-0.5)
+
 
 def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubject:
-    """A core of that shape with random weights, with room for `max_num_seqs` sequences of `context` tokens each."""
+    """A core of that shape with random weights, with room for `max_num_seqs` sequences of `context` tokens each.
+
+    Of `bit_widths`, UNQUANTIZED can only be asked for alone, and only for a GPU is it more than a slow reference.
+    """
     keep_freed_memory()
     device = resolve_device(config.device)
     use_threads(config.threads or physical_cores(), device)
     model = MODELS[shape]
     bit_widths = config.bit_widths or layout.BIT_WIDTHS
     loader = RandomLoader(model, bit_widths, config.lm_head_bits, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" or bit_widths == (UNQUANTIZED,) else torch.float32
     decoder = build_decoder(model, loader, context, dtype, device)
     spec = KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, config.kv_format)
     num_pages = (config.max_num_seqs + 1) * spec.pages_for(context)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class DenseVocabulary:
     weight: Tensor
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
+        return F.embedding(token_ids, self.weight).to(torch.float32)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight)
+        return F.linear(hidden.to(self.weight.dtype), self.weight)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from anybit.engine.batch import BatchPlan
-from anybit.engine.layers.linear import Linear, NestedLinear
 from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.cuda_products import Product, Rows, product_of
 from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.cuda.activations import (
     Activations,
@@ -22,59 +22,19 @@ from anybit.kernels.cuda.activations import (
     rms_norm,
 )
 from anybit.kernels.cuda.attention import attend_splits, can_attend
-from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import choose_pass_tiles, dequantize, multiply, multiply_mixed
 from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
-from anybit.kernels.widths import TileWidths
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
     from anybit.engine.models.decoder import DecoderLayer
 
 _HEAD_DIM_MULTIPLE = 64
-_MANY_ROWS = 128  # from here on a weight is better unpacked once
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows start .. stop−1 of a step, which one launch computes."""
-
-    start: int
-    stop: int
-    widths: int | TileWidths
-
-    def pass_tiles(self, weight: FragmentWeight) -> int:
-        """The order in which a product with `weight` wants these rows."""
-        return 1 if isinstance(self.widths, TileWidths) else choose_pass_tiles(self.stop - self.start, weight)
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    weight: FragmentWeight
-    bias: Tensor | None
-
-    def __call__(self, inputs: Activations | Tensor, rows: _Rows, y: Tensor) -> None:
-        """Write the product of `inputs`, which are these rows, to theirs of y [all rows, out].
-
-        Inputs as bfloat16 are multiplied by the library, with the weight as bfloat16 at the rows' one width.
-        """
-        part = y[rows.start : rows.stop]
-        if isinstance(inputs, Tensor):
-            if isinstance(rows.widths, TileWidths):
-                raise ValueError("Rows of several widths have no common weight.")
-            torch.mm(inputs, dequantize(self.weight, rows.widths).T, out=part)
-            if self.bias is not None:
-                part += self.bias
-        elif isinstance(rows.widths, TileWidths):
-            multiply_mixed(inputs, self.weight, rows.widths, self.bias, part)
-        else:
-            multiply(inputs, self.weight, rows.widths, self.bias, part)
-
-
-def _parts(plan: BatchPlan) -> list[_Rows]:
+def _parts(plan: BatchPlan) -> list[Rows]:
     if plan.tile_widths is not None:
-        return [_Rows(0, len(plan.token_ids), plan.tile_widths)]
-    return [_Rows(start, stop, width) for width, start, stop in plan.segments]
+        return [Rows(0, len(plan.token_ids), plan.tile_widths)]
+    return [Rows(start, stop, width) for width, start, stop in plan.segments]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +45,10 @@ class _Layer:
     mlp_output_gain: Tensor | None
     head_norms: HeadNorms | None
     rotary: RotaryEmbedding
-    qkv: _Product
-    output: _Product
-    gate_up: _Product
-    down: _Product
+    qkv: Product
+    output: Product
+    gate_up: Product
+    down: Product
     window: int | None
 
 
@@ -140,39 +100,40 @@ class CudaLayers:
         hidden: Tensor,
         addition: Addition | None,
         norm: RMSNorm,
-        product: _Product,
-        parts: Sequence[_Rows],
+        product: Product,
+        parts: Sequence[Rows],
     ) -> Tensor:
         """hidden += addition; the product of its norm: [rows, out]."""
-        y = self._empty(hidden.shape[0], product.weight.out_features, hidden.device)
+        y = self._empty(hidden.shape[0], product.out_features, hidden.device)
         for rows in parts:
             added = None if addition is None else Addition(addition.values[rows.start : rows.stop], addition.gain)
             residual = hidden[rows.start : rows.stop]
             inputs: Activations | Tensor
-            if self._is_for_library(rows):
+            if product.takes_values(rows):
                 if added is not None:
                     add_residual(residual, added, norm.eps)
                 inputs = rms_norm(residual, norm.weight, norm.eps).to(self._dtype)
             else:
-                group_size = product.weight.group_size
                 inputs = add_norm_quantize(
-                    residual, added, norm.weight, norm.eps, group_size, self._dtype, rows.pass_tiles(product.weight)
+                    residual,
+                    added,
+                    norm.weight,
+                    norm.eps,
+                    product.group_size,
+                    self._dtype,
+                    product.pass_tiles(rows),
                 )
             product(inputs, rows, y)
         return y
 
-    def _is_for_library(self, rows: _Rows) -> bool:
-        many = rows.stop - rows.start >= _MANY_ROWS and isinstance(rows.widths, int)
-        return self.is_fast and many and self._dtype == torch.bfloat16
-
-    def _quantized(self, x: Tensor, gate: str | None, product: _Product, parts: Sequence[_Rows]) -> Tensor:
+    def _quantized(self, x: Tensor, gate: str | None, product: Product, parts: Sequence[Rows]) -> Tensor:
         """The product of x, gated or as it is: [rows, out]."""
-        y = self._empty(x.shape[0], product.weight.out_features, x.device)
+        y = self._empty(x.shape[0], product.out_features, x.device)
         for rows in parts:
             part = x[rows.start : rows.stop]
-            if not self._is_for_library(rows):
-                pass_tiles = rows.pass_tiles(product.weight)
-                product(quantize_activations(part, product.weight.group_size, gate, pass_tiles), rows, y)
+            if not product.takes_values(rows):
+                pass_tiles = product.pass_tiles(rows)
+                product(quantize_activations(part, product.group_size, gate, pass_tiles), rows, y)
             elif gate is None:
                 product(part, rows, y)
             else:
@@ -181,7 +142,7 @@ class CudaLayers:
         return y
 
     def _attended(
-        self, q: Tensor, keys: Tensor, values: Tensor, layer: _Layer, plan: BatchPlan, parts: Sequence[_Rows]
+        self, q: Tensor, keys: Tensor, values: Tensor, layer: _Layer, plan: BatchPlan, parts: Sequence[Rows]
     ) -> Tensor:
         """The output projection of attention: [rows, hidden]."""
         rows = len(q)
@@ -190,11 +151,12 @@ class CudaLayers:
         if group.row_ids.shape == (rows, 1) and can_attend(q.dtype, keys):
             # One token of each sequence, in the order of the rows: the merge of splits gives fixed point numbers at once.
             splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
-            y = self._empty(rows, layer.output.weight.out_features, q.device)
-            weight = layer.output.weight
+            if any(map(layer.output.takes_values, parts)):
+                return self._quantized(splits.merged().view(rows, -1), None, layer.output, parts)
+            y = self._empty(rows, layer.output.out_features, q.device)
             for part in parts:
-                inputs = splits.quantized(part.start, part.stop, weight.group_size, part.pass_tiles(weight))
-                layer.output(inputs, part, y)
+                pass_tiles = layer.output.pass_tiles(part)
+                layer.output(splits.quantized(part.start, part.stop, layer.output.group_size, pass_tiles), part, y)
             return y
         attended = torch.empty_like(q)
         for group in plan.attention_groups:
@@ -210,8 +172,8 @@ class CudaLayers:
 def cuda_layers(
     config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype, is_fast: bool
 ) -> CudaLayers | None:
-    """None where a weight is not in fragment order or heads have no kernel."""
-    described = [_describe(config, index, layer) for index, layer in enumerate(layers)]
+    """None where a weight has no product here or heads have no kernel."""
+    described = [_describe(config, index, layer, dtype, is_fast) for index, layer in enumerate(layers)]
     if any(layer is None for layer in described):
         return None
     if config.head_dim % _HEAD_DIM_MULTIPLE:
@@ -222,9 +184,12 @@ def cuda_layers(
     return CudaLayers(config, [layer for layer in described if layer is not None], dtype, is_fast)
 
 
-def _describe(config: DecoderConfig, index: int, layer: "DecoderLayer") -> _Layer | None:
+def _describe(
+    config: DecoderConfig, index: int, layer: "DecoderLayer", dtype: torch.dtype, is_fast: bool
+) -> _Layer | None:
     attention, mlp = layer.attention, layer.mlp
-    qkv, output, gate_up, down = map(_product, (attention.qkv, attention.output, mlp.gate_up, mlp.down))
+    linears = (attention.qkv, attention.output, mlp.gate_up, mlp.down)
+    qkv, output, gate_up, down = (product_of(linear, dtype, is_fast) for linear in linears)
     if qkv is None or output is None or gate_up is None or down is None:
         return None
     query_norm, key_norm = attention.query_norm, attention.key_norm
@@ -247,9 +212,3 @@ def _describe(config: DecoderConfig, index: int, layer: "DecoderLayer") -> _Laye
 
 def _gain(norm: RMSNorm | None) -> Tensor | None:
     return None if norm is None else norm.weight
-
-
-def _product(linear: Linear) -> _Product | None:
-    if isinstance(linear, NestedLinear) and isinstance(linear.weight, FragmentWeight):
-        return _Product(linear.weight, linear.bias)
-    return None

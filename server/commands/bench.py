@@ -57,6 +57,9 @@ def decode(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Fill --shape with random weights; nothing is downloaded.")
     ] = False,
+    beside_bf16: Annotated[
+        bool, typer.Option("--beside-bf16", help="Also measure the --shape with bfloat16 weights, as 16 bits (GPU).")
+    ] = False,
     json_path: JsonOption = None,
 ) -> None:
     """Tokens per second of the decode loop, end to end without HTTP."""
@@ -73,27 +76,27 @@ def decode(
         threads=threads,
     )
     _check_shape(shape, random_weights, model)
+    if beside_bf16 and shape is None:
+        raise typer.BadParameter("--beside-bf16 needs a --shape: a checkpoint holds no bfloat16 weights.")
     if shape is None:
         resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
         ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
         config = replace(config, checkpoint=str(resolved.checkpoint), model_name=resolved.name)
 
     from anybit.engine.bench.decode import bench_decode  # noqa: PLC0415 - loads torch
-    from anybit.engine.bench.random_model import random_subject  # noqa: PLC0415
+    from anybit.engine.bench.random_model import UNQUANTIZED, random_subject  # noqa: PLC0415
     from anybit.engine.bench.subject import loaded_subject  # noqa: PLC0415
 
     # Every prompt takes a few steps, in which those before it go on.
     needed = context + steps + max(batches) * (context // _FEWEST_STEP_TOKENS + 2) + _ROOM
     subject = loaded_subject(config) if shape is None else random_subject(shape, config, needed)
+    measured = [(subject, bit_widths)]
+    if shape is not None and beside_bf16:
+        of_floats = replace(config, bit_widths=(UNQUANTIZED,), default_bit_width=UNQUANTIZED)
+        measured.append((random_subject(shape, of_floats, needed), (UNQUANTIZED,)))
     with stage_progress() as progress:
         report = bench_decode(
-            subject,
-            bit_widths,
-            batches,
-            context,
-            steps,
-            rounds,
-            lambda done, total: progress.update("bench", done, total),
+            measured, batches, context, steps, rounds, lambda done, total: progress.update("bench", done, total)
         )
     Console().print(_table(report))
     if json_path is not None:

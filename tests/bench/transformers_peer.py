@@ -61,7 +61,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for batch in batches:
             peers[batch].append(transformers_tokens_per_second(peer, batch, options.context, options.steps))
-        report = bench_decode(loaded_subject(config), widths, batches, options.context, options.steps, rounds=1)
+        report = bench_decode([(loaded_subject(config), widths)], batches, options.context, options.steps, rounds=1)
         for row in report["rows"]:
             ours[row["bit_width"], row["batch"]].append(row["tokens_per_second"])
     rows = [

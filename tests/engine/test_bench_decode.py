@@ -5,7 +5,7 @@ import typer
 
 from anybit.engine.bench.decode import bench_decode
 from anybit.engine.bench.model_shapes import MODELS
-from anybit.engine.bench.random_model import random_subject
+from anybit.engine.bench.random_model import UNQUANTIZED, random_subject
 from anybit.engine.config import EngineConfig
 from anybit.engine.models.config import DecoderConfig, LayerConfig, Rope
 from anybit.server.commands.bench import _check_shape
@@ -34,11 +34,21 @@ def subject(monkeypatch):
 
 
 def test_a_report_has_a_row_for_each_width_and_batch(subject):
-    report = bench_decode(subject, (2, 8), (1, 3), context=20, steps=3, rounds=2)
+    report = bench_decode([(subject, (2, 8))], (1, 3), context=20, steps=3, rounds=2)
     assert [(row["bit_width"], row["batch"]) for row in report["rows"]] == [(2, 1), (2, 3), (8, 1), (8, 3)]
     assert all(row["tokens_per_second"] > 0 and row["context"] == 20 for row in report["rows"])
     assert report["shape"] == "tiny, random weights"
     assert subject.core.take_stats().kv_pages_used == 0
+
+
+def test_unquantized_weights_are_measured_beside_nested_ones(subject):
+    config = EngineConfig("", "tiny", bit_widths=(UNQUANTIZED,), max_num_seqs=3, device="cpu", threads=1)
+    of_floats = random_subject("tiny", config, 200)
+    report = bench_decode([(subject, (4,)), (of_floats, (UNQUANTIZED,))], (2,), context=20, steps=2, rounds=1)
+    nested, dense = report["rows"]
+    assert (nested["bit_width"], dense["bit_width"]) == (4, UNQUANTIZED)
+    linears = TINY.num_layers * (128 * (256 + 128) + 3 * 128 * 256)
+    assert dense["weight_bytes"] == 2 * (linears + 300 * 128)
 
 
 def test_the_bytes_of_a_step_are_those_of_its_width_and_the_head(subject):

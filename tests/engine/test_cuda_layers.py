@@ -11,14 +11,14 @@ from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.sequence import Sequence
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
-from anybit.engine.weights.loader import NestedLoader
+from anybit.engine.weights.loader import DenseLoader, NestedLoader
 from anybit.kernels import fallbacks
 from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import KVSpec
 from tests.fixtures.engine import cached_logits, make_request
 from tests.fixtures.tiny_families import FAMILIES, tiny_family
-from tests.fixtures.tiny_llama import decoder_of, save_llama
+from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -99,3 +99,15 @@ def test_prompts_in_fast_mode_are_near_those_that_are_reproducible(checkpoint):
         expected, got = (cached_logits(decoder, TOKENS, 140, width, "bf16") for decoder in decoders)
         assert not torch.equal(got[:140], expected[:140])
         assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+@torch.inference_mode()
+def test_unquantized_weights_go_through_the_same_layers(tmp_path):
+    model = tiny_llama(**SHAPE)
+    source = HuggingFaceSource(save_llama(model, tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    on_gpu = decoder_of(config, DenseLoader(source, torch.bfloat16, "cuda"), "cuda", dtype=torch.bfloat16)
+    assert isinstance(on_gpu.native, CudaLayers)
+    expected = cached_logits(decoder_of(config, DenseLoader(source), "cpu"), TOKENS, 120, 8, "bf16")
+    got = cached_logits(on_gpu, TOKENS, 120, 8, "bf16").cpu()
+    assert (got - expected).norm() < 4e-2 * expected.norm()

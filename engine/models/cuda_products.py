@@ -1,0 +1,123 @@
+"""Products of some rows of a step on an NVIDIA GPU, and the form in which each wants its inputs."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
+from anybit.kernels.cuda.activations import Activations
+from anybit.kernels.cuda.fragments import FragmentWeight
+from anybit.kernels.cuda.linear import choose_pass_tiles, dequantize, multiply, multiply_mixed
+from anybit.kernels.widths import TileWidths
+
+_MANY_ROWS = 128  # from here on a weight is better unpacked once
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows start .. stop−1 of a step, which one launch computes."""
+
+    start: int
+    stop: int
+    widths: int | TileWidths
+
+
+class Product(Protocol):
+    """A linear layer whose inputs are values of the decoder's type or fixed point numbers, as it says."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def group_size(self) -> int:
+        """Of the fixed point numbers."""
+        ...
+
+    def takes_values(self, rows: Rows) -> bool: ...
+
+    def pass_tiles(self, rows: Rows) -> int:
+        """The order of fixed point numbers (`Activations`)."""
+        ...
+
+    def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
+        """Write the product of `inputs`, which are these rows, to theirs of y [all rows, out]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NestedProduct:
+    """With `is_fast`, many rows of one width are multiplied by the library, with the weight as bfloat16."""
+
+    weight: FragmentWeight
+    bias: Tensor | None
+    is_fast: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features
+
+    @property
+    def group_size(self) -> int:
+        return self.weight.group_size
+
+    def takes_values(self, rows: Rows) -> bool:
+        return self.is_fast and rows.stop - rows.start >= _MANY_ROWS and isinstance(rows.widths, int)
+
+    def pass_tiles(self, rows: Rows) -> int:
+        return 1 if isinstance(rows.widths, TileWidths) else choose_pass_tiles(rows.stop - rows.start, self.weight)
+
+    def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
+        part = y[rows.start : rows.stop]
+        if isinstance(inputs, Tensor):
+            if isinstance(rows.widths, TileWidths):
+                raise ValueError("Rows of several widths have no common weight.")
+            _multiply_dense(inputs, dequantize(self.weight, rows.widths), self.bias, part)
+        elif isinstance(rows.widths, TileWidths):
+            multiply_mixed(inputs, self.weight, rows.widths, self.bias, part)
+        else:
+            multiply(inputs, self.weight, rows.widths, self.bias, part)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseProduct:
+    """An unquantized weight [out, in], whatever the rows' widths; what it is to be compared with."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        raise ValueError("Unquantized weights take values.")
+
+    def takes_values(self, rows: Rows) -> bool:
+        del rows
+        return True
+
+    def pass_tiles(self, rows: Rows) -> int:
+        raise ValueError("Unquantized weights take values.")
+
+    def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
+        if not isinstance(inputs, Tensor):
+            raise ValueError("Unquantized weights take values.")
+        _multiply_dense(inputs, self.weight, self.bias, y[rows.start : rows.stop])
+
+
+def product_of(linear: Linear, dtype: torch.dtype, is_fast: bool) -> Product | None:
+    """None for a weight that is not in fragment order, or not of the decoder's type on a GPU."""
+    if isinstance(linear, NestedLinear) and isinstance(linear.weight, FragmentWeight):
+        return NestedProduct(linear.weight, linear.bias, is_fast and dtype == torch.bfloat16)
+    if isinstance(linear, DenseLinear) and linear.weight.is_cuda and linear.weight.dtype == dtype == torch.bfloat16:
+        return DenseProduct(linear.weight, linear.bias)
+    return None
+
+
+def _multiply_dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    torch.mm(x, weight.T, out=y)
+    if bias is not None:
+        y += bias
