@@ -18,7 +18,7 @@ from anybit.kernels.cuda.driver import (
     pointers,
 )
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.tuning import FEW_ROWS, BatchTiling, Tiling, choose_batch_tiling, choose_tiling
+from anybit.kernels.cuda.tuning import FEW_ROWS, BatchOperands, BatchTiling, Tiling, choose_batch_tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.widths import TileWidths, WidthSegment
@@ -137,9 +137,9 @@ def _launch_batch(
 ) -> None:
     passes, _, pass_tiles, _ = activations.digits.shape
     part_dtype = next(iter(weight.parts.values())).dtype
-    layout_of_block = (bit_width, weight.group_size, part_dtype.itemsize, pass_tiles)
-    tiling = tiling or choose_batch_tiling(weight.out_features, weight.in_features, passes, layout_of_block)
-    shared_bytes = tiling.shared_bytes(*layout_of_block)
+    operands = BatchOperands(bit_width, weight.group_size, part_dtype.itemsize, pass_tiles)
+    tiling = tiling or choose_batch_tiling(weight.out_features, weight.in_features, passes, operands)
+    shared_bytes = tiling.shared_bytes(operands)
     constants = batch_constants(tiling, bit_width, weight.group_size, part_dtype, y.dtype, pass_tiles)
     kernel = load_kernel("linear_batch", "nested_linear_batch", defined(**constants), shared_bytes)
     arguments: list[Argument] = [

@@ -45,6 +45,16 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchOperands:
+    """What a block of `source/linear_batch.cu` multiplies: codes and parts of a width, and n-tiles of a pass."""
+
+    bit_width: int
+    group_size: int
+    part_bytes: int
+    pass_tiles: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchTiling:
     """Constants of `source/linear_batch.cu`; `segments` as of a `Tiling`."""
 
@@ -61,24 +71,22 @@ class BatchTiling:
     def row_tiles(self) -> int:
         return 4 * self.warpgroups
 
-    def shared_bytes(self, bit_width: int, group_size: int, part_bytes: int, pass_tiles: int) -> int:
-        pass_tokens = pass_tiles * TILE_TOKENS
-        groups = TILE_COLUMNS // group_size
-        parts = (1 if bit_width <= NIBBLE_BITS else 2) * groups * TILE_ROWS * 2 * part_bytes
-        tiles = self.row_tiles * (TILE_ROWS * TILE_COLUMNS * bit_width // 8 + parts)
-        stage = pass_tiles * 8 * TILE_COLUMNS + groups * pass_tokens * 8
+    def shared_bytes(self, operands: BatchOperands) -> int:
+        pass_tokens = operands.pass_tiles * TILE_TOKENS
+        groups = TILE_COLUMNS // operands.group_size
+        parts = (1 if operands.bit_width <= NIBBLE_BITS else 2) * groups * TILE_ROWS * 2 * operands.part_bytes
+        tiles = self.row_tiles * (TILE_ROWS * TILE_COLUMNS * operands.bit_width // 8 + parts)
+        stage = operands.pass_tiles * 8 * TILE_COLUMNS + groups * pass_tokens * 8
         places = 1 if self.cluster == 1 else self.segments // self.cluster
         sums = places * pass_tokens * (64 * self.warpgroups + 8) * 4
         return self.stages * (stage + tiles + 16) + sums
 
 
-def choose_batch_tiling(
-    out_features: int, in_features: int, passes: int, layout_of_block: tuple[int, int, int, int]
-) -> BatchTiling:
-    """The tiling for the current device; `layout_of_block` is what `BatchTiling.shared_bytes` takes."""
+def choose_batch_tiling(out_features: int, in_features: int, passes: int, operands: BatchOperands) -> BatchTiling:
+    """The tiling for the current device."""
     device = torch.device("cuda", torch.cuda.current_device())
     limits = num_multiprocessors(device), max_shared_bytes(device)
-    return default_batch_tiling(out_features, in_features, passes, layout_of_block, *limits)
+    return default_batch_tiling(out_features, in_features, passes, operands, *limits)
 
 
 @functools.cache
@@ -86,7 +94,7 @@ def default_batch_tiling(
     out_features: int,
     in_features: int,
     passes: int,
-    layout_of_block: tuple[int, int, int, int],
+    operands: BatchOperands,
     multiprocessors: int,
     shared_bytes: int,
 ) -> BatchTiling:
@@ -98,7 +106,7 @@ def default_batch_tiling(
         if segments % cluster:
             continue
         tilings = [BatchTiling(_WARPGROUPS, cluster, stages, segments) for stages in _STAGES]
-        fitting = [tiling for tiling in tilings if tiling.shared_bytes(*layout_of_block) <= shared_bytes]
+        fitting = [tiling for tiling in tilings if tiling.shared_bytes(operands) <= shared_bytes]
         if not fitting:
             continue
         blocks = -(-out_features // (TILE_ROWS * fitting[0].row_tiles)) * cluster * passes
