@@ -75,7 +75,7 @@ class EngineCore:
             if self._runner.can_launch_after(step) and self._scheduler.extend_ahead(step.chunks):
                 self._ahead = self._runner.launch_after(step)
             output = step.result(self._ahead is not None)
-            if output.is_undecided:  # hardly ever; what the step after it has written will be written again
+            if output.is_undecided:  # once a request; what the step after it has written will be written again
                 self._ahead = None
                 running = self._scheduler.running
                 alive = [chunk for chunk in step.chunks if chunk.sequence in running]

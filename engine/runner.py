@@ -74,6 +74,8 @@ class Runner:
         """Whether the GPU alone decides what a step's sequences go on with."""
         if step.decode is None:
             return False
+        if any(sequence.draws_from_all for sequence in step.decode.sequences):
+            return False
         params = [sequence.request.sampling for sequence in step.decode.sequences]
         return not any(map(_needs_logits, params)) and (step.decode.shape.has_draws or not any(map(is_drawn, params)))
 
@@ -119,6 +121,8 @@ def _launched(chunks: tuple[Chunk, ...], decode: LaunchedDecode) -> LaunchedStep
     def result(is_followed: bool) -> StepOutput:
         step = decode.result()
         widths = frozenset(decode.shape.widths)
+        for sequence, token in zip(decode.sequences, step.found.tokens, strict=True):
+            sequence.draws_from_all |= token == UNDECIDED
         if is_followed and UNDECIDED in step.found.tokens:
             return StepOutput(widths, [], is_undecided=True)
         return StepOutput(widths, choose_tokens(step.logits, decode.sequences, step.found))

@@ -90,8 +90,12 @@ def draw_settings(params: ReadOnly[SamplingParams], num_generated: ReadOnly[int]
 
 
 def draw_likely(logits: Tensor, settings: Tensor) -> Tensor:
-    """`_draw` of each row of logits [rows, vocab], from the likeliest tokens alone: int64 [rows], UNDECIDED where these
-    do not tell, and for rows that are not drawn. Waits for nothing, so that it can be captured as part of a step.
+    """`_draw` of each row of logits [rows, vocab] without sorting them: int64 [rows], UNDECIDED where top-k or the nucleus
+    ends beyond the likeliest tokens, and for rows that are not drawn. On a GPU it waits for nothing, so that it can be
+    captured as part of a step.
+
+    Where nothing but min-p cuts, what is less likely stands behind the likeliest in the order of tokens, not of likelihood:
+    an order as good as any for a draw from all of them.
     """
     temperature, least_share, top_k, top_p, uniform = settings[:, :, None]
     scaled = logits.double() / temperature
@@ -117,9 +121,19 @@ def draw_likely(logits: Tensor, settings: Tensor) -> Tensor:
     last = (num_nucleus - 1).clamp_min(0)
     of_nucleus = torch.where(ends_here, cumulative.gather(1, last), torch.where(top_p >= 1, mass, torch.nan))
     index = torch.searchsorted(cumulative, uniform * of_nucleus, right=True)
-    decided = (uniform != _NEVER) & (ends_here | ((index < num_kept) & ~of_nucleus.isnan()))
     tokens = ids.gather(1, order.gather(1, index.minimum(last)))
-    return torch.where(decided, tokens, UNDECIDED)[:, 0]
+    decided = (uniform != _NEVER) & (ends_here | ((index < num_kept) & ~of_nucleus.isnan()))
+    chosen = torch.where(decided, tokens, UNDECIDED)
+    beyond = ~decided & (uniform != _NEVER) & ~of_nucleus.isnan()
+    if logits.is_cuda or bool(beyond.any()):
+        rest = torch.where(scaled >= least, (scaled - values[:, :1]).exp(), 0.0)
+        rest = rest.scatter(1, ids.gather(1, order), torch.where(kept, 0.0, rest.gather(1, ids.gather(1, order))))
+        rest_sums = rest.cumsum(-1)
+        # Rounding must not carry a draw beyond the last token that there is.
+        wanted = (uniform * of_nucleus - cumulative[:, -1:]).clamp_min(0).minimum(rest_sums[:, -1:] * (1 - 1e-12))
+        others = torch.searchsorted(rest_sums, wanted, right=True).clamp_max(vocabulary - 1)
+        chosen = torch.where(beyond & (rest_sums[:, -1:] > 0), others, chosen)
+    return chosen[:, 0]
 
 
 def next_tokens(likeliest: Tensor, logits: Tensor, settings: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ class Sequence:
 
     `num_computed` tokens have their keys and values in `pages`; the sequence is in prefill until only its newest token
     is missing there. A preempted sequence has no pages and computes all its tokens again. `num_scored` of the prompt's
-    tokens after the first have their log probabilities reported. Times are seconds of one monotonic clock.
+    tokens after the first have their log probabilities reported. `draws_from_all`: a draw of it took a sort of all
+    logits, so others may. Times are seconds of one monotonic clock.
     """
 
     request: GenerationRequest
@@ -26,6 +27,7 @@ class Sequence:
     num_scored: int = 0
     scheduled_at: float | None = None
     first_token_at: float | None = None
+    draws_from_all: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)

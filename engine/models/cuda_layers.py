@@ -85,7 +85,7 @@ class CudaLayers:
             output = self._attended(q, keys, values, layer, plan, parts)
             addition = Addition(output, layer.attention_output_gain)
             gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, parts)
-            down = self._quantized(gate_up, self._config.activation, layer.down, parts)
+            down = self._multiplied(gate_up, self._config.activation, layer.down, parts)
             addition = Addition(down, layer.mlp_output_gain)
         if addition is not None:
             add_residual(hidden, addition, self._config.rms_norm_eps)
@@ -126,7 +126,7 @@ class CudaLayers:
             product(inputs, rows, y)
         return y
 
-    def _quantized(self, x: Tensor, gate: str | None, product: Product, parts: Sequence[Rows]) -> Tensor:
+    def _multiplied(self, x: Tensor, gate: str | None, product: Product, parts: Sequence[Rows]) -> Tensor:
         """The product of x, gated or as it is: [rows, out]."""
         y = self._empty(x.shape[0], product.out_features, x.device)
         for rows in parts:
@@ -152,7 +152,7 @@ class CudaLayers:
             # One token of each sequence, in the order of the rows: the merge of splits gives fixed point numbers at once.
             splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
             if any(map(layer.output.takes_values, parts)):
-                return self._quantized(splits.merged().view(rows, -1), None, layer.output, parts)
+                return self._multiplied(splits.merged().view(rows, -1), None, layer.output, parts)
             y = self._empty(rows, layer.output.out_features, q.device)
             for part in parts:
                 pass_tiles = layer.output.pass_tiles(part)
@@ -163,7 +163,7 @@ class CudaLayers:
             attended[group.row_ids] = dispatch.paged_attention(
                 q[group.row_ids], keys, values, group.block_tables, group.positions, *settings
             )
-        return self._quantized(attended.view(rows, -1), None, layer.output, parts)
+        return self._multiplied(attended.view(rows, -1), None, layer.output, parts)
 
     def _empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.empty(rows, columns, dtype=self._dtype, device=device)

@@ -8,8 +8,10 @@ import torch
 from anybit.engine.batch import Chunk
 from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
-from anybit.engine.decode_graphs import DecodeGraphs, StepShape, padded_pages, padded_rows
+from anybit.engine.decode_graphs import DecodeGraphs, StepResult, StepShape, padded_pages, padded_rows
 from anybit.engine.quantize.run import QuantizeOptions, quantize
+from anybit.engine.runner import Runner, _launched
+from anybit.engine.sampling import UNDECIDED, FoundTokens
 from anybit.engine.sequence import Sequence
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
@@ -47,6 +49,24 @@ def test_only_steps_of_one_token_a_sequence_are_covered():
     assert graphs.covers([Chunk(sequence(2, num_prompt_logprobs=0), 1)])
     assert not graphs.covers([Chunk(sequence(0, num_prompt_logprobs=0), 1)])
     assert not graphs.covers([Chunk(sequence(2), 1)] * 257)
+
+
+def test_a_sequence_that_was_undecided_once_is_followed_by_no_early_step():
+    sequence = Sequence(make_request("a", [5], temperature=1.0, top_p=0.99), arrived_at=0.0)
+    tokens = iter(([7], [UNDECIDED]))
+
+    class Decode:
+        shape, sequences = StepShape(1, (4,), 8, has_draws=True), (sequence,)
+
+        def result(self):
+            return StepResult(torch.zeros(1, 10), FoundTokens(next(tokens), has_draws=True))
+
+    runner, step = Runner.__new__(Runner), _launched((), Decode())
+    (sampled,) = step.result(True).sampled
+    assert sampled.token_id == 7
+    assert runner.can_launch_after(step)
+    assert step.result(True).is_undecided
+    assert not runner.can_launch_after(step)
 
 
 @pytest.fixture(scope="module")

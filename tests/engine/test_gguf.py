@@ -161,6 +161,7 @@ def test_number_format_that_cannot_be_decoded_is_told(model, tmp_path, monkeypat
 
 def undecodable(*_):
     """What the gguf library does with a type that it knows by name only."""
+    # What the gguf library itself does with a type that it has no decoder for.
     raise NotImplementedError("Dequantization for IQ9_X is not yet implemented. Ask elsewhere.")
 
 

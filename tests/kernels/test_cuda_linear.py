@@ -115,7 +115,7 @@ def test_every_tiling_gives_the_same_bits(width, tokens):
 def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
     rows, columns, group_size = shape
     if not has_warpgroups(torch.device("cuda", 0)):
-        pytest.skip("This GPU has no warpgroup products.")
+        pytest.skip("This GPU has no warpgroup products.")  # and so none of its products goes through them
     served, bias = fragments.pack(on_gpu(random_nested(*shape))), normal(rows, seed=3).cuda()
     segments = num_segments(rows, columns)
     for tokens in (3, 17, 64, 100):
