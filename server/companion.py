@@ -53,6 +53,11 @@ def main(parent: int, command: list[str]) -> None:
     if os.getppid() != parent:
         sys.exit(1)
     os.nice(_LOWEST_PRIORITY)
+    # Niceness counts within a session only, where Linux groups processes by it; and only an idle process gives way at once.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_LOWEST_PRIORITY))
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     # When memory runs out, requests matter more than this.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
