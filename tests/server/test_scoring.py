@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from anybit.server.scoring.run import ScoringOptions, evaluate_server
 from tests.fixtures.sentences import assert_one_sentence
 from tests.server.fake_engine import WIDTHS, FakeEngine
 from tests.server.foreign_server import ForeignServer, Reply, Script, whole
-from tests.server.live_server import LiveServer
+from tests.server.live_server import LiveServer, wait_until
 from tests.server.tiny_checkpoint import byte_level_tokenizer, write_checkpoint
 
 QUESTIONS = tuple(builtin_questions()[:5])
@@ -110,12 +111,21 @@ def test_a_question_beyond_the_servers_context_is_refused(server: LiveServer) ->
     assert_one_sentence(caught.value, "Line 3 of quiz.jsonl", "the context holds 256")
 
 
+def refusals(server: LiveServer) -> float:
+    return server.metric("anybit_rejections_total", reason="queue_full") or 0
+
+
 def test_a_full_queue_is_waited_for(start: Callable[..., LiveServer]) -> None:
-    """Four questions at a time of four choices each, where five sequences may wait."""
-    server = start(FakeEngine(token_seconds=0.2), max_queued_requests=5)
-    report = evaluate(server, replace(OPTIONS, bit_width="4"))
-    assert report["tasks"][0]["questions"] == 5
-    assert (server.metric("anybit_rejections_total", reason="queue_full") or 0) > 0
+    """Four questions at a time of four choices each, where five sequences may wait: nothing ends before one is refused."""
+    engine = FakeEngine(hold=True)
+    server = start(engine, max_queued_requests=5)
+    with ThreadPoolExecutor(1) as executor:
+        report = executor.submit(evaluate, server, replace(OPTIONS, bit_width="4"))
+        try:
+            wait_until(lambda: refusals(server) > 0, "nothing was refused")
+        finally:
+            engine.hold = False
+        assert report.result(timeout=60)["tasks"][0]["questions"] == 5
 
 
 def foreign(
