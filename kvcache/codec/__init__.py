@@ -1,0 +1,1 @@
+"""How pages of keys and values are compressed: each format's codes, its bits and its oracle."""

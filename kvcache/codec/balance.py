@@ -1,0 +1,67 @@
+"""The basis in which pages are kept: keys balanced by channel, keys and values rotated.
+
+A rotation spreads a page's error evenly over channels, while queries weigh channels unevenly. Keys times w and queries over
+w have the same products; with w² = rms(q)/σ(k) the error of the products is least (reference: KVCACHE, form 2).
+"""
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.portable.hadamard import rotate, rotation_signs, unrotate
+
+PAGE_TOKENS = 64
+
+
+def balance_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """w of each KV head and channel, of geometric mean 1: float32 [kv_heads, head_dim].
+
+    queries [sequences, heads, tokens, head_dim] and keys [sequences, kv_heads, tokens, head_dim] of one layer as attention
+    sees them; only whole pages of keys count, for σ(k) is what varies within a page.
+    """
+    sequences, kv_heads, tokens, head_dim = keys.shape
+    if tokens < PAGE_TOKENS:
+        raise ValueError(f"Balance weights need a page of {PAGE_TOKENS} tokens at least, not {tokens}.")
+    whole = tokens // PAGE_TOKENS * PAGE_TOKENS
+    pages = keys[:, :, :whole].float().reshape(sequences, kv_heads, -1, PAGE_TOKENS, head_dim)
+    spread = (pages - pages.mean(3, keepdim=True)).square().mean((0, 2, 3)).sqrt()
+    sizes = queries.float().reshape(sequences, kv_heads, -1, head_dim).square().mean((0, 2)).sqrt()
+    logs = (_positive(sizes).log() - _positive(spread).log()) / 2
+    return (logs - logs.mean(1, keepdim=True)).exp()
+
+
+class PageBasis:
+    """Takes one layer's queries, keys and values into the basis of its pages, and attention's output back.
+
+    `weights` [kv_heads, head_dim] from `balance_weights`, or None for no balance.
+    """
+
+    def __init__(self, head_dim: int, weights: Tensor | None = None) -> None:
+        self._signs = rotation_signs(head_dim)
+        self._weights = weights
+
+    def keys(self, keys: Tensor) -> Tensor:
+        """[..., kv_heads, tokens, head_dim] -> float32 of the same shape."""
+        return rotate(keys if self._weights is None else keys * self._weights[:, None], self._signs)
+
+    def queries(self, queries: Tensor) -> Tensor:
+        """[..., heads, tokens, head_dim] -> float32 of the same shape; a KV head's query heads are adjacent."""
+        if self._weights is not None:
+            repeat = queries.shape[-3] // len(self._weights)
+            queries = queries / self._weights.repeat_interleave(repeat, 0)[:, None]
+        return rotate(queries, self._signs)
+
+    def values(self, values: Tensor) -> Tensor:
+        return rotate(values, self._signs)
+
+    def restored_keys(self, keys: Tensor) -> Tensor:
+        """Inverse of `keys`."""
+        keys = unrotate(keys, self._signs)
+        return keys if self._weights is None else keys / self._weights[:, None]
+
+    def restored_values(self, values: Tensor) -> Tensor:
+        """Inverse of `values`; of attention's output too, which is a mean of values."""
+        return unrotate(values, self._signs)
+
+
+def _positive(sizes: Tensor) -> Tensor:
+    return sizes.clamp_min(1e-3 * sizes.mean(1, keepdim=True)).clamp_min(torch.finfo(sizes.dtype).tiny)
