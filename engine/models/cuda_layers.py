@@ -16,9 +16,9 @@ from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.cuda.activations import (
     Activations,
     Addition,
-    add_norm_quantize,
+    add_norm_prepare,
     add_residual,
-    quantize_activations,
+    prepare_activations,
     rms_norm,
 )
 from anybit.kernels.cuda.attention import attend_splits, can_attend
@@ -109,20 +109,13 @@ class CudaLayers:
             added = None if addition is None else Addition(addition.values[rows.start : rows.stop], addition.gain)
             residual = hidden[rows.start : rows.stop]
             inputs: Activations | Tensor
-            if product.takes_values(rows):
+            form = product.form(rows)
+            if form is None:
                 if added is not None:
                     add_residual(residual, added, norm.eps)
                 inputs = rms_norm(residual, norm.weight, norm.eps).to(self._dtype)
             else:
-                inputs = add_norm_quantize(
-                    residual,
-                    added,
-                    norm.weight,
-                    norm.eps,
-                    product.group_size,
-                    self._dtype,
-                    product.pass_tiles(rows),
-                )
+                inputs = add_norm_prepare(residual, added, norm.weight, norm.eps, form, self._dtype)
             product(inputs, rows, y)
         return y
 
@@ -131,9 +124,9 @@ class CudaLayers:
         y = self._empty(x.shape[0], product.out_features, x.device)
         for rows in parts:
             part = x[rows.start : rows.stop]
-            if not product.takes_values(rows):
-                pass_tiles = product.pass_tiles(rows)
-                product(quantize_activations(part, product.group_size, gate, pass_tiles), rows, y)
+            form = product.form(rows)
+            if form is not None:
+                product(prepare_activations(part, form, gate), rows, y)
             elif gate is None:
                 product(part, rows, y)
             else:
@@ -149,14 +142,15 @@ class CudaLayers:
         settings = (self._config.attention_scale, layer.window, self._config.attention_softcap)
         group = plan.attention_groups[0]
         if group.row_ids.shape == (rows, 1) and can_attend(q.dtype, keys):
-            # One token of each sequence, in the order of the rows: the merge of splits gives fixed point numbers at once.
+            # One token of each sequence, in the order of the rows: the merge of splits gives the product's inputs at once.
             splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
-            if any(map(layer.output.takes_values, parts)):
-                return self._multiplied(splits.merged().view(rows, -1), None, layer.output, parts)
             y = self._empty(rows, layer.output.out_features, q.device)
             for part in parts:
-                pass_tiles = layer.output.pass_tiles(part)
-                layer.output(splits.quantized(part.start, part.stop, layer.output.group_size, pass_tiles), part, y)
+                form = layer.output.form(part)
+                if form is None:
+                    layer.output(splits.merged().view(rows, -1)[part.start : part.stop], part, y)
+                else:
+                    layer.output(splits.prepared(part.start, part.stop, form), part, y)
             return y
         attended = torch.empty_like(q)
         for group in plan.attention_groups:

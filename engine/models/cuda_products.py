@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
-from anybit.kernels.cuda.activations import Activations
+from anybit.kernels.cuda.activations import Activations, InputForm
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import choose_pass_tiles, dequantize, multiply, multiply_mixed
+from anybit.kernels.cuda.linear import dequantize, exact_form, fast_form, multiply, multiply_mixed
 from anybit.kernels.widths import TileWidths
-
-_MANY_ROWS = 128  # from here on a weight is better unpacked once
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +23,13 @@ class Rows:
 
 
 class Product(Protocol):
-    """A linear layer whose inputs are values of the decoder's type or fixed point numbers, as it says."""
+    """A linear layer, which says in what form it takes the inputs of some rows."""
 
     @property
     def out_features(self) -> int: ...
 
-    @property
-    def group_size(self) -> int:
-        """Of the fixed point numbers."""
-        ...
-
-    def takes_values(self, rows: Rows) -> bool: ...
-
-    def pass_tiles(self, rows: Rows) -> int:
-        """The order of fixed point numbers (`Activations`)."""
+    def form(self, rows: Rows) -> InputForm | None:
+        """None for a tensor of the decoder's type."""
         ...
 
     def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
@@ -48,7 +39,7 @@ class Product(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NestedProduct:
-    """With `is_fast`, many rows of one width are multiplied by the library, with the weight as bfloat16."""
+    """With `is_fast`, rows of one width are multiplied as bfloat16: some by a kernel, many by the library."""
 
     weight: FragmentWeight
     bias: Tensor | None
@@ -58,15 +49,11 @@ class NestedProduct:
     def out_features(self) -> int:
         return self.weight.out_features
 
-    @property
-    def group_size(self) -> int:
-        return self.weight.group_size
-
-    def takes_values(self, rows: Rows) -> bool:
-        return self.is_fast and rows.stop - rows.start >= _MANY_ROWS and isinstance(rows.widths, int)
-
-    def pass_tiles(self, rows: Rows) -> int:
-        return 1 if isinstance(rows.widths, TileWidths) else choose_pass_tiles(rows.stop - rows.start, self.weight)
+    def form(self, rows: Rows) -> InputForm | None:
+        count = rows.stop - rows.start
+        if isinstance(rows.widths, TileWidths):
+            return InputForm(self.weight.group_size)
+        return fast_form(count, self.weight) if self.is_fast else exact_form(count, self.weight)
 
     def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
         part = y[rows.start : rows.stop]
@@ -91,16 +78,8 @@ class DenseProduct:
     def out_features(self) -> int:
         return self.weight.shape[0]
 
-    @property
-    def group_size(self) -> int:
-        raise ValueError("Unquantized weights take values.")
-
-    def takes_values(self, rows: Rows) -> bool:
+    def form(self, rows: Rows) -> None:
         del rows
-        return True
-
-    def pass_tiles(self, rows: Rows) -> int:
-        raise ValueError("Unquantized weights take values.")
 
     def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
         if not isinstance(inputs, Tensor):

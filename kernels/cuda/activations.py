@@ -1,4 +1,4 @@
-"""Inputs of linear layers as fixed point numbers, made by the operation that comes before: a norm, a gate, or nothing."""
+"""Inputs of linear layers in the form that products take, made by the operation before: a norm, a gate, or nothing."""
 
 import ctypes
 from dataclasses import dataclass
@@ -16,42 +16,63 @@ _GATES = {"silu": 1, "gelu_tanh": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Activations:
-    """Fixed point numbers of `tokens` rows in the order that a product wants (`source/digits.cuh`).
+class InputForm:
+    """How a product takes its inputs: as fixed point numbers with a step per group, or as the values that they are.
 
-    Passes of one n-tile are for `source/linear_decode.cu`, longer ones for `source/linear_batch.cu`
-    (`kernels.cuda.linear.choose_pass_tiles`).
+    Fixed point numbers in passes of one n-tile (4 tokens) are for `source/linear_decode.cu`, in longer ones for
+    `source/linear_batch.cu`; values are for `source/linear_values.cu`.
     """
 
+    group_size: int
+    pass_tiles: int = 1
+    is_values: bool = False
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Constants of the kernels that write inputs."""
+        return {"GROUP": self.group_size, "AS_VALUES": int(self.is_values)}
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Inputs of a product, `tokens` rows in a form of it (`source/digits.cuh`, `source/values.cuh`)."""
+
     tokens: int
-    digits: Tensor  # uint8 [passes, column tiles, n-tiles of a pass, 1024]
-    scales: Tensor  # float32 [groups, slots, 2]
+    form: InputForm
+    numbers: Tensor  # uint8 [passes, column tiles, n-tiles of a pass, 1024]
+    scales: Tensor  # float32 [groups, slots, 2], of fixed point numbers; else empty
+
+    @property
+    def passes(self) -> int:
+        return self.numbers.shape[0]
 
     @property
     def slots(self) -> int:
-        return self.scales.shape[1]
+        """Tokens, those included that only fill passes."""
+        return self.passes * self.form.pass_tiles * TILE_TOKENS
 
     @property
     def column_tiles(self) -> int:
-        return self.digits.shape[1]
-
-    @property
-    def pass_tiles(self) -> int:
-        return self.digits.shape[2]
+        return self.numbers.shape[1]
 
     @classmethod
-    def allocate(
-        cls, tokens: int, columns: int, group_size: int, device: torch.device, pass_tiles: int = 1
-    ) -> "Activations":
+    def allocate(cls, tokens: int, columns: int, form: InputForm, device: torch.device) -> "Activations":
         """Not initialised."""
-        column_tiles, token_tiles = -(-columns // TILE_COLUMNS), num_token_tiles(tokens)
-        passes = -(-token_tiles // pass_tiles)
-        groups = column_tiles * (TILE_COLUMNS // group_size)
-        return cls(
-            tokens,
-            torch.empty(passes, column_tiles, pass_tiles, 8 * TILE_COLUMNS, dtype=torch.uint8, device=device),
-            torch.empty(groups, passes * pass_tiles * TILE_TOKENS, 2, device=device),
-        )
+        column_tiles = -(-columns // TILE_COLUMNS)
+        passes = -(-num_token_tiles(tokens) // form.pass_tiles)
+        groups = 0 if form.is_values else column_tiles * (TILE_COLUMNS // form.group_size)
+        slots = passes * form.pass_tiles * TILE_TOKENS
+        numbers = torch.empty(passes, column_tiles, form.pass_tiles, 8 * TILE_COLUMNS, dtype=torch.uint8, device=device)
+        return cls(tokens, form, numbers, torch.empty(groups, slots, 2, device=device))
+
+    @property
+    def addresses(self) -> list[ctypes.c_void_p]:
+        """Numbers and scales, as kernels take them."""
+        return pointers(self.numbers, self.scales)
+
+
+_NO_INPUTS = InputForm(TILE_COLUMNS)
+"""Of kernels that share a file with those that write inputs."""
 
 
 def num_token_tiles(tokens: int) -> int:
@@ -63,18 +84,20 @@ def num_token_tiles(tokens: int) -> int:
     return needed + -needed % MAX_TOKEN_TILES
 
 
-def quantize_activations(x: Tensor, group_size: int, gate: str | None = None, pass_tiles: int = 1) -> Activations:
-    """x [tokens, in], contiguous, as fixed point numbers; not-a-number for a group that is not finite.
+def prepare_activations(x: Tensor, form: InputForm, gate: str | None = None) -> Activations:
+    """x [tokens, in], contiguous, as inputs of a product; a number that is not finite stays so.
 
-    With a `gate` ("silu", "gelu_tanh") x is [tokens, 2·in], and what is quantized is gate(x[:, :in]) · x[:, in:].
+    Of fixed point numbers its whole group is not-a-number. With a `gate` ("silu", "gelu_tanh") x is [tokens, 2·in] and
+    the inputs are gate(x[:, :in]) · x[:, in:].
     """
     tokens, columns = x.shape[0], x.shape[1] // (1 if gate is None else 2)
-    activations = Activations.allocate(tokens, columns, group_size, x.device, pass_tiles)
-    constants = defined(GROUP=group_size, VALUE=VALUES[x.dtype], GATE=0 if gate is None else _GATES[gate])
-    kernel = load_kernel("activations", "quantize_activations", constants)
+    activations = Activations.allocate(tokens, columns, form, x.device)
+    constants = defined(**form.defines, VALUE=VALUES[x.dtype], GATE=0 if gate is None else _GATES[gate])
+    kernel = load_kernel("activations", "prepare_activations", constants)
     arguments: list[Argument] = [
-        *pointers(x, activations.digits, activations.scales),
-        *integers(tokens, columns, activations.slots, activations.pass_tiles),
+        *pointers(x),
+        *activations.addresses,
+        *integers(tokens, columns, activations.slots, form.pass_tiles),
     ]
     kernel.launch((activations.column_tiles, activations.slots // TILE_TOKENS, 1), 128, arguments)
     return activations
@@ -88,26 +111,27 @@ class Addition:
     gain: Tensor | None = None
 
 
-def add_norm_quantize(
+def add_norm_prepare(
     hidden: Tensor,
     addition: Addition | None,
     gain: Tensor,
     eps: float,
-    group_size: int,
+    form: InputForm,
     dtype: torch.dtype,
-    pass_tiles: int = 1,
 ) -> Activations:
-    """hidden += addition, in place; then hidden / sqrt(mean(hidden²) + eps) · gain as fixed point numbers.
+    """hidden += addition, in place; then hidden / sqrt(mean(hidden²) + eps) · gain as inputs of a product.
 
-    hidden float32 [tokens, hidden], contiguous; `dtype` is that of additions (with or without one, for one kernel's sake).
+    hidden float32 [tokens, hidden], contiguous; `dtype` is that of additions (with or without one, for one kernel's sake)
+    and of inputs that are values.
     """
     tokens, columns = hidden.shape
-    activations = Activations.allocate(tokens, columns, group_size, hidden.device, pass_tiles)
-    kernel = load_kernel("norm", "add_norm_quantize", _norm_constants(columns, addition, group_size, dtype))
+    activations = Activations.allocate(tokens, columns, form, hidden.device)
+    kernel = load_kernel("norm", "add_norm_prepare", _norm_constants(columns, addition, form, dtype))
     arguments: list[Argument] = [
         *_pointers(hidden, addition),
-        *pointers(gain, activations.digits, activations.scales),
-        *integers(tokens, activations.slots, activations.pass_tiles),
+        *pointers(gain),
+        *activations.addresses,
+        *integers(tokens, activations.slots, form.pass_tiles),
         ctypes.c_float(eps),
     ]
     kernel.launch((activations.slots, 1, 1), _norm_threads(columns), arguments)
@@ -117,7 +141,7 @@ def add_norm_quantize(
 def add_residual(hidden: Tensor, addition: Addition, eps: float) -> None:
     """hidden += addition, in place."""
     tokens, columns = hidden.shape
-    constants = _norm_constants(columns, addition, TILE_COLUMNS, addition.values.dtype)
+    constants = _norm_constants(columns, addition, _NO_INPUTS, addition.values.dtype)
     arguments: list[Argument] = [*_pointers(hidden, addition), ctypes.c_float(eps)]
     load_kernel("norm", "add_residual", constants).launch((tokens, 1, 1), _norm_threads(columns), arguments)
 
@@ -127,7 +151,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     columns = x.shape[-1]
-    constants = _norm_constants(columns, None, TILE_COLUMNS, x.dtype)
+    constants = _norm_constants(columns, None, _NO_INPUTS, x.dtype)
     arguments: list[Argument] = [*pointers(x, gain, out), ctypes.c_float(eps)]
     load_kernel("norm", "norm_rows", constants).launch((x.numel() // columns, 1, 1), _norm_threads(columns), arguments)
     return out
@@ -145,11 +169,11 @@ def _pointers(hidden: Tensor, addition: Addition | None) -> list[ctypes.c_void_p
 
 
 def _norm_constants(
-    columns: int, addition: Addition | None, group_size: int, dtype: torch.dtype
+    columns: int, addition: Addition | None, form: InputForm, dtype: torch.dtype
 ) -> tuple[tuple[str, int], ...]:
     return defined(
+        **form.defines,
         HIDDEN=columns,
-        GROUP=group_size,
         VALUE=VALUES[dtype],
         HAS_DELTA=int(addition is not None),
         HAS_OUTPUT_NORM=int(addition is not None and addition.gain is not None),

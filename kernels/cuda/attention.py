@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.activations import Activations
-from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes, pointers
+from anybit.kernels.cuda.activations import Activations, InputForm
+from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes
 from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_TOKENS
 from anybit.kernels.cuda.values import VALUES
 
@@ -92,16 +92,15 @@ class SplitAttention:
         kernel.launch(grid, 32 * _MERGED_TOGETHER, [self.problem, *integers(self.splits, sequences)])
         return out
 
-    def quantized(self, start: int, stop: int, group_size: int, pass_tiles: int = 1) -> Activations:
-        """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as fixed point numbers."""
-        columns = self.q[0].numel()
-        activations = Activations.allocate(stop - start, columns, group_size, self.q.device, pass_tiles)
-        kernel = load_kernel("attention", "merge_quantize", defined(**self.constants, GROUP=group_size))
+    def prepared(self, start: int, stop: int, form: InputForm) -> Activations:
+        """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as inputs of a product."""
+        activations = Activations.allocate(stop - start, self.q[0].numel(), form, self.q.device)
+        kernel = load_kernel("attention", "merge_prepare", defined(**self.constants, **form.defines))
         arguments: list[Argument] = [
             self.problem,
             *integers(self.splits, start, stop - start),
-            *pointers(activations.digits, activations.scales),
-            *integers(activations.slots, activations.pass_tiles),
+            *activations.addresses,
+            *integers(activations.slots, form.pass_tiles),
         ]
         token_tiles = activations.slots // TILE_TOKENS
         kernel.launch((activations.column_tiles, token_tiles, 1), 32 * _MERGED_TOGETHER, arguments)

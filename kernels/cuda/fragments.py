@@ -53,6 +53,10 @@ class FragmentWeight:
         return sum(tensor.nbytes for tensor in (*self.streams.values(), *self.parts.values()))
 
     @property
+    def part_dtype(self) -> torch.dtype:
+        return next(iter(self.parts.values())).dtype
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.streams.values())).device
 

@@ -23,6 +23,7 @@ from anybit.engine.bench.shapes import Shape, parse_shapes
 from anybit.kernels import layout
 from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
+from anybit.kernels.cuda.activations import InputForm, prepare_activations
 from anybit.kernels.cuda.compiler import cached_cubin
 from anybit.kernels.cuda.driver import architecture
 from anybit.kernels.cuda.tuning import Tiling, num_segments
@@ -108,12 +109,12 @@ def timed(shape: Shape, bit_width: int, token_tiles: int) -> list[tuple[float, d
     copies = duplicates(fragments.pack(weight), count)
     tokens = TOKENS[token_tiles]
     x = torch.randn(tokens, shape.in_features, device="cuda", dtype=torch.bfloat16)
-    activations = cuda.quantize_activations(x, GROUP_SIZE)
+    activations = prepare_activations(x, InputForm(GROUP_SIZE))
     y = torch.empty(tokens, shape.out_features, device="cuda", dtype=torch.bfloat16)
     results = []
     for tiling in candidates(shape, bit_width, token_tiles):
         calls = [
-            lambda copy=copy, tiling=tiling: cuda.multiply(activations, copy, bit_width, None, y, tiling)
+            lambda copy=copy, tiling=tiling: cuda.multiply_few(activations, copy, bit_width, None, y, tiling)
             for copy in copies
         ]
         fields = asdict(tiling)

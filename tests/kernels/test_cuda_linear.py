@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from anybit.kernels import dispatch, layout, reference
-from anybit.kernels.cuda import activations as cuda_activations
 from anybit.kernels.cuda import fragments
 from anybit.kernels.cuda import linear as cuda
+from anybit.kernels.cuda.activations import InputForm, num_token_tiles, prepare_activations
 from anybit.kernels.cuda.driver import has_warpgroups
-from anybit.kernels.cuda.tuning import BatchTiling, Tiling, default_tiling, num_segments
+from anybit.kernels.cuda.tuning import Tiling, default_tiling, num_segments
+from anybit.kernels.cuda.warpgroup_linear import multiply_batch, multiply_values
+from anybit.kernels.cuda.warpgroup_tuning import BatchTiling, ValuesTiling
 from anybit.kernels.nested import Affine, NestedWeight
 from tests.fixtures.nested import normal, random_nested, with_noise_below, without_below
 
@@ -98,13 +100,13 @@ def test_a_row_has_the_same_bits_in_any_batch_at_any_place_and_width_beside_it(s
 def test_every_tiling_gives_the_same_bits(width, tokens):
     weight = random_nested(500, 2048, 128)
     served, x = fragments.pack(on_gpu(weight)), normal(tokens, 2048).cuda()
-    activations = cuda.quantize_activations(x, 128)
-    base = default_tiling(500, 2048, width, activations.digits.shape[0])
+    activations = prepare_activations(x, InputForm(128))
+    base = default_tiling(500, 2048, width, activations.passes)
     others = [(2, 1, 16, 1, 1), (1, 2, 4, 1, 2), (1, 3, 1, 1, 1), (1, 2, 4, 4, 1), (2, 1, 2, 8, 1)]
     results = []
     for tiling in [base, *(Tiling(*fields, base.segments) for fields in others)]:
         y = torch.full((tokens, 500), torch.nan, device="cuda")
-        cuda.multiply(activations, served, width, None, y, tiling)
+        cuda.multiply_few(activations, served, width, None, y, tiling)
         results.append(y)
     assert all(torch.equal(result, results[0]) for result in results)
     assert_near_oracle(results[0], x, weight, width)
@@ -121,13 +123,51 @@ def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
     for tokens in (3, 17, 64, 100):
         x = normal(tokens, columns).cuda().to(torch.bfloat16)
         expected = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
-        cuda.multiply(cuda.quantize_activations(x, group_size), served, width, bias, expected)
-        activations = cuda.quantize_activations(x, group_size, pass_tiles=8 if tokens <= 32 else 16)
+        cuda.multiply(prepare_activations(x, InputForm(group_size)), served, width, bias, expected)
+        activations = prepare_activations(x, InputForm(group_size, pass_tiles=8 if tokens <= 32 else 16))
         for fields in [None, (2, 1, 4), (1, 1, 3), (2, min(segments, 4), 2), (1, min(segments, 8), 2)]:
             tiling = None if fields is None else BatchTiling(*fields, segments)
             y = torch.full_like(expected, torch.nan)
-            cuda.multiply(activations, served, width, bias, y, tiling)
+            multiply_batch(activations, served, width, bias, y, tiling)
             assert torch.equal(y, expected), (tokens, fields)
+
+
+@pytest.mark.parametrize("width", layout.BIT_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(500, 2048, 128), (70, 576, 64), (9000, 512, 32), (200, 4096, 64)], ids=str)
+def test_products_of_values_are_near_the_oracle(shape, dtype, width):
+    """Within what rounding the weight, and at 6 and 8 bits a sum before it, to the values' type leaves."""
+    rows, columns, group_size = shape
+    if not has_warpgroups(torch.device("cuda", 0)):
+        pytest.skip("This GPU has no warpgroup products.")
+    weight, bias = random_nested(*shape), normal(rows, seed=3)
+    served = fragments.pack(on_gpu(weight))
+    levels = reference.dequantize(weight, width)
+    for tokens in (1, 17, 32, 33, 100, 128, 200):
+        x = normal(tokens, columns).to(dtype)
+        expected = x.double() @ levels.double().T + bias.double()
+        allowed = 3 * torch.finfo(dtype).eps * (x.double().abs() @ levels.double().abs().T + expected.abs())
+        pass_tiles = 8 if tokens <= 32 else 16 if tokens <= 64 else 32
+        activations = prepare_activations(x.cuda(), InputForm(group_size, pass_tiles, is_values=True))
+        for fields in [None, (2, 1, 3), (2, 4, 2), (3, 2, 2), (4, 1, 2)]:
+            y = torch.full((tokens, rows), torch.nan, dtype=dtype, device="cuda")
+            tiling = None if fields is None else ValuesTiling(*fields)
+            multiply_values(activations, served, width, bias.cuda(), y, tiling)
+            assert bool(((y.cpu().double() - expected).abs() <= allowed).all()), (tokens, fields)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 40, 100, 200, 300])
+def test_fast_products_of_any_number_of_tokens_are_near_the_exact_ones(tokens):
+    served = fragments.pack(on_gpu(random_nested(700, 1024, 128)))
+    x = normal(tokens, 1024).cuda().to(torch.bfloat16)
+    exact = dispatch.linear(x, served, [(4, 0, tokens)]).float()
+    form = cuda.fast_form(tokens, served)
+    fast = torch.empty(tokens, 700, dtype=torch.bfloat16, device="cuda")
+    if form is None:
+        torch.mm(x, cuda.dequantize(served, 4).T, out=fast)
+    else:
+        cuda.multiply(prepare_activations(x, form), served, 4, None, fast)
+    assert float((fast.float() - exact).norm() / exact.norm()) < 0.01
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -169,10 +209,10 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
     bias = normal(rows, seed=5).cuda()
     for tiles in (2, 5, 8, 19):
         x = normal(4 * tiles, columns, seed=tiles).cuda().to(dtype)
-        of_tiles = torch.randint(len(widths), (cuda_activations.num_token_tiles(4 * tiles),))
+        of_tiles = torch.randint(len(widths), (num_token_tiles(4 * tiles),))
         of_tiles = torch.tensor(widths)[of_tiles].cuda()
         y = torch.empty(4 * tiles, rows, dtype=dtype, device="cuda")
-        inputs = cuda_activations.quantize_activations(x, group_size)
+        inputs = prepare_activations(x, InputForm(group_size))
         cuda.multiply_mixed(inputs, weight, cuda.TileWidths(tuple(widths), of_tiles), bias, y)
         for tile in range(tiles):
             part = slice(4 * tile, 4 * tile + 4)

@@ -6,8 +6,10 @@ import torch
 from anybit.kernels import fallbacks
 from anybit.kernels.cuda import compiler
 from anybit.kernels.cuda.compiler import CompileError, cached_cubin, can_compile, compile_source
-from anybit.kernels.cuda.linear import batch_constants, product_constants
-from anybit.kernels.cuda.tuning import BatchTiling, default_tiling
+from anybit.kernels.cuda.linear import product_constants
+from anybit.kernels.cuda.tuning import default_tiling
+from anybit.kernels.cuda.warpgroup_linear import batch_constants, values_constants
+from anybit.kernels.cuda.warpgroup_tuning import BatchTiling, RingOperands, ValuesTiling
 from anybit.kernels.layout import BIT_WIDTHS
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="NVRTC is packaged for Linux on x86-64 only")
@@ -31,8 +33,23 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
 @pytest.mark.parametrize(("group_size", "pass_tiles", "cluster"), [(128, 16, 1), (64, 8, 4), (32, 16, 2)])
 def test_products_of_warpgroups_compile(bit_width, group_size, pass_tiles, cluster):
     tiling = BatchTiling(2, cluster, 4, 4)
-    constants = batch_constants(tiling, bit_width, group_size, torch.float16, torch.bfloat16, pass_tiles)
+    operands = RingOperands(bit_width, group_size, 2, pass_tiles)
+    constants = batch_constants(tiling, operands, torch.float16, torch.bfloat16)
     assert compile_source("linear_batch", "sm_90a", constants).startswith(ELF)
+
+
+@pytest.mark.parametrize("bit_width", BIT_WIDTHS)
+@pytest.mark.parametrize(
+    ("group_size", "pass_tiles", "tiling", "dtype"),
+    [
+        (128, 16, ValuesTiling(4, 1, 3), torch.bfloat16),
+        (64, 8, ValuesTiling(2, 4, 4), torch.float16),
+        (32, 32, ValuesTiling(3, 2, 2), torch.bfloat16),
+    ],
+)
+def test_products_of_values_compile(bit_width, group_size, pass_tiles, tiling, dtype):
+    constants = values_constants(tiling, RingOperands(bit_width, group_size, 2, pass_tiles), torch.float16, dtype)
+    assert compile_source("linear_values", "sm_90a", constants).startswith(ELF)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,6 +67,9 @@ def test_the_rest_compiles(architecture):
     assert compile_source("greedy", architecture, {}).startswith(ELF)
     for group_size, value in [(128, 2), (64, 1), (32, 0)]:
         assert compile_source("activations", architecture, {"GROUP": group_size, "VALUE": value}).startswith(ELF)
+        if value:
+            defines = {"GROUP": group_size, "VALUE": value, "AS_VALUES": 1}
+            assert compile_source("activations", architecture, defines).startswith(ELF)
         for gate in (1, 2):
             defines = {"GROUP": group_size, "VALUE": value, "GATE": gate}
             assert compile_source("activations", architecture, defines).startswith(ELF)

@@ -5,18 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anybit.kernels import layout
-from anybit.kernels.cuda.tuning import (
-    BatchOperands,
-    Tiling,
-    all_tuned,
+from anybit.kernels.cuda.tuning import Tiling, all_tuned, default_tiling, nearest_tuned, num_segments
+from anybit.kernels.cuda.warpgroup_tuning import (
+    Limits,
+    RingOperands,
     default_batch_tiling,
-    default_tiling,
-    nearest_tuned,
-    num_segments,
+    default_values_tiling,
+    num_threads,
 )
 
 TOKEN_TILES = (1, 2, 4, 8)
 MAX_SHARED_BYTES = 160 << 10  # of a block on compute capability 8.0, less what the system takes
+HOPPER = Limits(multiprocessors=132, shared_bytes=227 << 10)
 
 
 def assert_launchable(tiling: Tiling, in_features: int, token_tiles: int) -> None:
@@ -64,7 +64,7 @@ def test_borrowed_tilings_can_be_launched(out_features, in_features):
                 assert_launchable(found, in_features, token_tiles)
 
 
-@given(
+many_tokens = given(
     st.integers(1, 200_000),
     st.integers(1, 600).map(lambda tiles: 32 * tiles),
     st.integers(1, 40),
@@ -73,21 +73,36 @@ def test_borrowed_tilings_can_be_launched(out_features, in_features):
     st.sampled_from((2, 4)),
     st.sampled_from((8, 16)),
 )
+
+
+@many_tokens
 def test_a_block_of_warpgroups_fits_and_takes_whole_segments(
     out_features, in_features, passes, width, group_size, part_bytes, pass_tiles
 ):
-    operands = BatchOperands(width, group_size, part_bytes, pass_tiles)
-    tiling = default_batch_tiling(out_features, in_features, passes, operands, 132, 227 << 10)
-    assert tiling.shared_bytes(operands) <= 227 << 10
+    operands = RingOperands(width, group_size, part_bytes, pass_tiles)
+    tiling = default_batch_tiling(out_features, in_features, passes, operands, HOPPER)
+    assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
     assert tiling.segments == num_segments(out_features, in_features)
     assert tiling.segments % tiling.cluster == 0
 
 
+@many_tokens
+def test_a_block_of_values_fits_and_has_columns(
+    out_features, in_features, passes, width, group_size, part_bytes, pass_tiles
+):
+    operands = RingOperands(width, group_size, part_bytes, 2 * pass_tiles)
+    tiling = default_values_tiling(out_features, in_features, passes, operands, HOPPER)
+    assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
+    assert num_threads(tiling) <= 640
+    assert tiling.cluster * 128 <= in_features + 127
+
+
 def test_clusters_are_for_weights_with_too_few_rows_to_go_round():
-    operands = BatchOperands(4, 128, 2, 16)
-    clusters = {
-        (rows, passes): default_batch_tiling(rows, 4096, passes, operands, 132, 227 << 10).cluster
-        for rows, passes in [(28672, 1), (4096, 1), (4096, 32)]
-    }
-    assert clusters[28672, 1] == clusters[4096, 32] == 1
-    assert clusters[4096, 1] > 1
+    operands = RingOperands(4, 128, 2, 16)
+    for choose in (default_batch_tiling, default_values_tiling):
+        clusters = {
+            (rows, passes): choose(rows, 4096, passes, operands, HOPPER).cluster
+            for rows, passes in [(28672, 1), (4096, 1), (4096, 32)]
+        }
+        assert clusters[28672, 1] == clusters[4096, 32] == 1
+        assert clusters[4096, 1] > 1

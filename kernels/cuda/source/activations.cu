@@ -1,7 +1,7 @@
-// Activations of a linear layer, as they are or gated, as fixed point numbers.
+// Activations of a linear layer, as they are or gated, in the form that it takes.
 //
 // A block takes one n-tile (four tokens, a warp each) by one tile of 128 columns; a lane takes four neighbours.
-#include "digits.cuh"
+#include "inputs.cuh"
 
 #ifndef GATE  // 0: x is [tokens, columns]; else x is gate and up, [tokens, 2 * columns], and 1 is SiLU, 2 is GELU with tanh
 #define GATE 0
@@ -15,7 +15,7 @@ __device__ inline float activated(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-quantize_activations(const Value* x, u32* digits, float2* scales, int tokens, int columns, int slots, int pass_tiles) {
+prepare_activations(const Value* x, u32* inputs, float2* scales, int tokens, int columns, int slots, int pass_tiles) {
     const int lane = threadIdx.x & 31, slot = blockIdx.y * kTokens + threadIdx.x / 32;
     const int tiles = gridDim.x, tile = blockIdx.x, first = tile * kColumns + 4 * lane;
     launch_dependents();
@@ -30,5 +30,5 @@ quantize_activations(const Value* x, u32* digits, float2* scales, int tokens, in
             for (int i = 0; i < 4; ++i) value[i] = activated(value[i]) * up[i];
         }
     }
-    store_digits(value, slot, tile, tiles, slots, pass_tiles, digits, scales);
+    store_inputs(value, slot, tile, tiles, slots, pass_tiles, inputs, scales);
 }

@@ -112,17 +112,17 @@ merge_rows(Problem problem, int splits, int sequences) {
     for (int i = 0; i < 4; ++i) problem.out[(size_t)sequence * columns + first + i] = to_value(value[i]);
 }
 
-// The same as fixed point numbers, of sequences from `first_sequence` on; the grid covers all slots.
+// The same as inputs of a product, of sequences from `first_sequence` on; the grid covers all slots.
 extern "C" __global__ void __launch_bounds__(kTokens * 32)
-merge_quantize(Problem problem, int splits, int first_sequence, int sequences, u32* digits, float2* scales, int slots,
-               int pass_tiles) {
+merge_prepare(Problem problem, int splits, int first_sequence, int sequences, u32* inputs, float2* scales, int slots,
+              int pass_tiles) {
     launch_dependents();
     wait_for_inputs();
     const int slot = blockIdx.y * kTokens + threadIdx.x / 32, columns = problem.heads * HEAD_DIM;
     const int first = blockIdx.x * kColumns + 4 * (threadIdx.x & 31);
     float value[4] = {};
     if (slot < sequences && first < columns) merge_splits(problem, splits, first_sequence + slot, first, value);
-    store_digits(value, slot, blockIdx.x, gridDim.x, slots, pass_tiles, digits, scales);
+    store_inputs(value, slot, blockIdx.x, gridDim.x, slots, pass_tiles, inputs, scales);
 }
 
 // Several tokens a sequence. A grid of (row tiles / kWarps, kv heads, sequences); a warp takes 16 rows through all pages.

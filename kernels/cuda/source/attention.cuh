@@ -6,7 +6,7 @@
 #pragma once
 #include <cuda_bf16.h>
 
-#include "digits.cuh"
+#include "inputs.cuh"
 
 #ifndef HEAD_DIM  // a multiple of 64
 #define HEAD_DIM 64

@@ -1,5 +1,5 @@
 // Additions to the residual stream and the norms around them; one block per token, which it holds in registers.
-#include "digits.cuh"
+#include "inputs.cuh"
 
 #ifndef HIDDEN
 #define HIDDEN 576
@@ -67,10 +67,10 @@ __device__ inline void add(float* hidden, const Value* delta, const float* outpu
     }
 }
 
-// hidden += (norm of) delta; digits of norm(hidden) for the linear that follows. Slots without a token get zeros.
+// hidden += (norm of) delta; norm(hidden) as inputs of the linear that follows. Slots without a token get zeros.
 extern "C" __global__ void __launch_bounds__(kThreads)
-add_norm_quantize(float* hidden, const Value* delta, const float* output_gain, const float* gain, u32* digits,
-                  float2* scales, int tokens, int slots, int pass_tiles, float eps) {
+add_norm_prepare(float* hidden, const Value* delta, const float* output_gain, const float* gain, u32* inputs,
+                 float2* scales, int tokens, int slots, int pass_tiles, float eps) {
     const int slot = blockIdx.x;
     launch_dependents();
     Row gains;
@@ -89,7 +89,7 @@ add_norm_quantize(float* hidden, const Value* delta, const float* output_gain, c
         float value[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) value[j] = row[i][j] * factor * gains[i][j];
-        store_digits(value, slot, tile, kTiles, slots, pass_tiles, digits, scales);
+        store_inputs(value, slot, tile, kTiles, slots, pass_tiles, inputs, scales);
     }
 }
 

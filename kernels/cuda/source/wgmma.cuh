@@ -42,13 +42,13 @@ __device__ inline void arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // All warps of a warpgroup, to give registers away or to take them.
-template <bool kMoves, int kRegisters>
-__device__ inline void set_registers() {
-    if (!kMoves) return;
-    if (kRegisters < 128)
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-    else
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+template <int kRegisters>
+__device__ inline void give_registers() {
+    if (kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters > 0 ? kRegisters : 24));
+}
+template <int kRegisters>
+__device__ inline void take_registers() {
+    if (kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters > 0 ? kRegisters : 24));
 }
 
 // Of a tile of digits, at 32 of its columns: an n-tile's 8 digits of 128 columns lie in the order that 128 bytes are swizzled in.
