@@ -51,15 +51,22 @@ def prepare(weight: NestedWeight) -> ServedWeight:
     return weight
 
 
-def linear(x: Tensor, weight: ServedWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: ServedWeight,
+    segments: Sequence[WidthSegment],
+    bias: Tensor | None = None,
+    is_fast: bool = False,
+) -> Tensor:
     """x Ŵᵀ (+ bias), each segment of rows at exactly its own bit-width: [tokens, in] -> [tokens, out] in x's dtype.
 
-    The segments cover the rows of x in order. A row's result depends on that row and its width alone.
+    The segments cover the rows of x in order. A row's result depends on that row and its width alone; with `is_fast`
+    a GPU may let the number of rows decide too, where that is faster.
     """
     if isinstance(weight, PackedWeight):
         return cpu.linear(x, weight, segments, bias)
     if isinstance(weight, FragmentWeight):
-        return cuda.linear(x, weight, segments, bias)
+        return cuda.linear(x, weight, segments, bias, is_fast)
     multiply = _linear_without_packing(x.is_cuda)
     parts = [multiply(x[start:stop], weight, width) for width, start, stop in segments]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
 from anybit.kernels.cuda.activations import Activations, InputForm
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import dequantize, exact_form, fast_form, multiply, multiply_mixed
+from anybit.kernels.cuda.linear import exact_form, fast_form, multiply, multiply_dequantized, multiply_mixed
 from anybit.kernels.widths import TileWidths
 
 
@@ -60,7 +60,7 @@ class NestedProduct:
         if isinstance(inputs, Tensor):
             if isinstance(rows.widths, TileWidths):
                 raise ValueError("Rows of several widths have no common weight.")
-            _multiply_dense(inputs, dequantize(self.weight, rows.widths), self.bias, part)
+            multiply_dequantized(inputs, self.weight, rows.widths, self.bias, part)
         elif isinstance(rows.widths, TileWidths):
             multiply_mixed(inputs, self.weight, rows.widths, self.bias, part)
         else:
@@ -84,7 +84,10 @@ class DenseProduct:
     def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
         if not isinstance(inputs, Tensor):
             raise ValueError("Unquantized weights take values.")
-        _multiply_dense(inputs, self.weight, self.bias, y[rows.start : rows.stop])
+        part = y[rows.start : rows.stop]
+        torch.mm(inputs, self.weight.T, out=part)
+        if self.bias is not None:
+            part += self.bias
 
 
 def product_of(linear: Linear, dtype: torch.dtype, is_fast: bool) -> Product | None:
@@ -94,9 +97,3 @@ def product_of(linear: Linear, dtype: torch.dtype, is_fast: bool) -> Product | N
     if isinstance(linear, DenseLinear) and linear.weight.is_cuda and linear.weight.dtype == dtype == torch.bfloat16:
         return DenseProduct(linear.weight, linear.bias)
     return None
-
-
-def _multiply_dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    torch.mm(x, weight.T, out=y)
-    if bias is not None:
-        y += bias

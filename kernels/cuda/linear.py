@@ -45,20 +45,31 @@ def can_pack(weight: NestedWeight) -> bool:
     return part.dtype in PARTS and can_launch(part.device)
 
 
-def linear(x: Tensor, weight: FragmentWeight, segments: Sequence[WidthSegment], bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: FragmentWeight,
+    segments: Sequence[WidthSegment],
+    bias: Tensor | None = None,
+    is_fast: bool = False,
+) -> Tensor:
     """x Ŵᵀ (+ bias), each segment (bit_width, start, stop) of rows at its width: [tokens, in] -> [tokens, out] in x's dtype.
 
-    A row's result depends on that row and its width alone.
+    A row's result depends on that row and its width alone, unless `is_fast` lets a segment's length decide how it is
+    multiplied (bfloat16 only).
     """
     absent = [width for width, _, _ in segments if width not in weight.bit_widths]
     if absent:
         raise ValueError(f"The weight was not loaded at {absent[0]} bits.")
     x = x.contiguous()
     y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+    choose = fast_form if is_fast and x.dtype == torch.bfloat16 else exact_form
     for width, start, stop in segments:
         if stop > start:
-            activations = prepare_activations(x[start:stop], exact_form(stop - start, weight))
-            multiply(activations, weight, width, bias, y[start:stop])
+            form = choose(stop - start, weight)
+            if form is None:
+                multiply_dequantized(x[start:stop], weight, width, bias, y[start:stop])
+            else:
+                multiply(prepare_activations(x[start:stop], form), weight, width, bias, y[start:stop])
     return y
 
 
@@ -97,6 +108,13 @@ def multiply(activations: Activations, weight: FragmentWeight, bit_width: int, b
         multiply_batch(activations, weight, bit_width, bias, y)
     else:
         multiply_few(activations, weight, bit_width, bias, y)
+
+
+def multiply_dequantized(x: Tensor, weight: FragmentWeight, bit_width: int, bias: Tensor | None, y: Tensor) -> None:
+    """`multiply` by the library, of bfloat16 [tokens, in] with the weight in bfloat16."""
+    torch.mm(x, dequantize(weight, bit_width).T, out=y)
+    if bias is not None:
+        y += bias
 
 
 def multiply_mixed(

@@ -34,6 +34,9 @@ def kernels(
     rotation_mib: Annotated[
         int, typer.Option(min=1, help="MiB of weights read before one is read again; far more than the caches hold.")
     ] = 1024,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible/--fast", help="On a GPU, kernels as `anybit serve` uses them.")
+    ] = False,
     json_path: JsonOption = None,
 ) -> None:
     """Time of linear layers per width and shape, and the share of the memory bandwidth that they reach."""
@@ -57,7 +60,7 @@ def kernels(
 
         if device == "cuda":
             resolve_device(device)  # says so if there is none
-            report = bench_cuda_kernels(*cells, rounds, update, rotation_mib << 20)
+            report = bench_cuda_kernels(*cells, rounds, update, rotation_mib << 20, is_fast=not reproducible)
         else:
             report = bench_kernels(*cells, threads, rounds, update, rotation_mib << 20)
     Console().print(_table(report))
