@@ -20,6 +20,7 @@ from anybit.engine.quantize.options import QuantizeOptions
 from anybit.engine.quantize.recipes import Recipe, recipe_for
 from anybit.engine.quantize.solve.coded import CodedWeight, FloatPart
 from anybit.engine.quantize.solve.end_to_end import Distillation, EndToEndOptions, QuantizedBlock, train_end_to_end
+from anybit.engine.quantize.solve.precision import training_dtype
 from anybit.engine.quantize.work_folder import WorkFolder
 from anybit.engine.text_prefix import first_tokens
 from anybit.engine.weights.source import SourceModel
@@ -186,7 +187,7 @@ class ModelSolver:
     def _head(self) -> Callable[[Tensor], Tensor]:
         config = self._config
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        table = self._source.tensor(name).to(self._device, torch.float32)
+        table = self._source.tensor(name).to(self._device, training_dtype(self._device))
         norm = self._source.tensor("model.norm.weight").to(self._device, torch.float32) + config.norm_offset
 
         def head(hidden: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
     # Of equally many tokens, many short windows generalise better at 2 bits than few long ones.
     return Recipe(
         solve_joint,
-        options.sequences or 96,
+        options.sequences or 128,
         options.context or 256,
         damping,
         prefix_hessians=options.true_sequential,

@@ -39,6 +39,9 @@ SITES = (
 )
 """In the order of computation."""
 
+_SHORT = 512
+"""Tokens up to which a CPU's caches hold a sequence's scores."""
+
 Linears = Mapping[str, Tensor]
 """Site name -> stacked weight, [out, in]."""
 Vectors = Mapping[str, Tensor]
@@ -85,7 +88,11 @@ class Block:
     def _norm(self, x: Tensor, vectors: Vectors, name: str) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), vectors[name], self.config.rms_norm_eps)
 
-    def _attend(self, qkv: Tensor, vectors: Vectors) -> Tensor:
+    def heads(self, qkv: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention sees them, rotated by position: [sequences, heads, tokens, head_dim].
+
+        qkv [sequences, tokens, (heads + 2 kv_heads)·head_dim], the output of the stacked projection.
+        """
         config = self.config
         sequences, tokens, _ = qkv.shape
         heads = qkv.view(sequences * tokens, -1, config.head_dim)
@@ -96,13 +103,20 @@ class Block:
         positions = torch.arange(tokens, device=qkv.device).repeat(sequences)
         q, k = self._rotary.rotate(q, positions), self._rotary.rotate(k, positions)
         q, k, v = (x.view(sequences, tokens, -1, config.head_dim).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def _attend(self, qkv: Tensor, vectors: Vectors) -> Tensor:
+        config = self.config
+        q, k, v = self.heads(qkv, vectors)
+        tokens = q.shape[2]
         repeat = config.num_heads // config.num_kv_heads
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        if config.attention_softcap is None and (self._window is None or self._window >= tokens):
+        is_plain = config.attention_softcap is None and (self._window is None or self._window >= tokens)
+        if is_plain and not _is_differentiated_in_full(q):
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.attention_scale)
         else:
             attended = self._masked_attention(q, k, v)
-        return attended.transpose(1, 2).reshape(sequences, tokens, -1)
+        return attended.transpose(1, 2).flatten(2)
 
     def _masked_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.shape[2]
@@ -111,8 +125,15 @@ class Block:
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
         distance = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)
-        seen = (distance >= 0) & (distance < (self._window or tokens))
-        return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ v
+        unseen = (distance < 0) | (distance >= (self._window or tokens))
+        # Adding is differentiated in less time than filling.
+        mask = torch.zeros_like(distance, dtype=scores.dtype).masked_fill_(unseen, float("-inf"))
+        return torch.softmax(scores + mask, -1) @ v
+
+
+def _is_differentiated_in_full(q: Tensor) -> bool:
+    """Whether all scores of q [sequences, heads, tokens, head_dim] are formed: a CPU's gradients take half the time so."""
+    return q.device.type == "cpu" and q.requires_grad and q.shape[2] <= _SHORT
 
 
 def load_linears(source: SourceModel, layer: int, device: torch.device) -> dict[str, Tensor]:

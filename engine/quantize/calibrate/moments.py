@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_TOKENS = 1024
-_STRIP = 384
+_STRIP = 192
 
 
 class InputMoments:
@@ -88,11 +88,10 @@ def damp(hessian: Tensor, damping: float) -> DampedHessian:
     identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping <= 1e3:
         matrix = hessian + damping * mean * identity + dead
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        # From the last row to the first, H = RRᵀ with R upper triangular: U = R⁻¹ without inverting H.
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(failed):
-                return DampedHessian(matrix, factor, damping)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return DampedHessian(matrix, factor, damping)
         damping = max(10 * damping, 1e-4)
     raise ArithmeticError("The calibration inputs are not finite.")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anybit.engine.quantize.calibrate.block import Block, Vectors
 from anybit.engine.quantize.solve.coded import FloatPart
-from anybit.engine.quantize.solve.precision import training_products
+from anybit.engine.quantize.solve.precision import training_dtype, training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 
 _COMPARED_TOGETHER = 128
@@ -88,7 +88,7 @@ def train_end_to_end(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
 
     def run_block(index: int, hidden: Tensor) -> Tensor:
-        weights = {site: part.weight() for site, part in trained[index].items()}
+        weights = {site: part.weight(training_dtype(hidden.device)) for site, part in trained[index].items()}
         with training_products(hidden.device):
             return blocks[index].block(hidden, weights, blocks[index].vectors)
 

@@ -18,6 +18,11 @@ def training_products(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=_has_units(device), cache_enabled=False)
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What `training_products` multiplies: weights that are in it already are not converted for each product."""
+    return torch.bfloat16 if _has_units(device) else torch.float32
+
+
 @functools.cache
 def _has_units(device: torch.device) -> bool:
     if device.type == "cuda":

@@ -69,7 +69,14 @@ class NestedSolution:
 def proxy_loss(problem: NestedProblem, solution: NestedSolution) -> Tensor:
     """tr(E H Eᵀ) per width and row, E = T − Ŵ: float64 [widths, out]. Never negative, since H is positive definite."""
     error = problem.targets - solution.read(problem)
-    return ((error @ problem.hessian_stack) * error).sum(2, dtype=torch.float64)
+    return (multiply(error, problem.hessian_stack) * error).sum(2, dtype=torch.float64)
+
+
+def multiply(values: Tensor, matrices: Tensor) -> Tensor:
+    """values [widths, out, k] @ matrices [widths, k, n]; widths that share one matrix are multiplied as one."""
+    if matrices.stride(0) == 0:
+        return (values.reshape(-1, values.shape[2]) @ matrices[0]).view(*values.shape[:2], -1)
+    return values @ matrices
 
 
 def _stack(matrices: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.quantize.solve.affine import refit_group
-from anybit.engine.quantize.solve.problem import NestedProblem, NestedSolution
+from anybit.engine.quantize.solve.problem import NestedProblem, NestedSolution, multiply
 from anybit.kernels.dispatch import choose_codes
 
 _LARGEST_BLOCK = 64
@@ -41,7 +41,7 @@ def gptq_pass(problem: NestedProblem, solution: NestedSolution) -> None:
         solution.codes[:, block] = codes
         # choose_codes left in `rounded` what each column was rounded from.
         error = (rounded - values) / pivot[:, None]
-        targets[:, :, block.stop :] -= error @ factors[:, block, block.stop :]
+        targets[:, :, block.stop :] -= multiply(error, factors[:, block, block.stop :])
 
 
 def descent_pass(problem: NestedProblem, solution: NestedSolution, refit: bool = True) -> None:
@@ -56,7 +56,7 @@ def descent_pass(problem: NestedProblem, solution: NestedSolution, refit: bool =
     for group, block in _blocks(problem):
         hessian = hessians[:, block, block]
         diagonal = hessian.diagonal(dim1=1, dim2=2)  # [widths, block]
-        gradient = error @ hessians[:, :, block]
+        gradient = multiply(error, hessians[:, :, block])
         before = problem.targets[:, :, block] - error[:, :, block]
         codes, values = choose_codes(
             before + gradient / diagonal[:, None],
@@ -70,7 +70,7 @@ def descent_pass(problem: NestedProblem, solution: NestedSolution, refit: bool =
         )
         solution.codes[:, block] = codes
         if refit and block.stop - block.start == problem.group_size:
-            gradient -= (values - before) @ hessian
+            gradient -= multiply(values - before, hessian)
             values = refit_group(problem, solution, group, values, gradient, hessian)
         error[:, :, block] = problem.targets[:, :, block] - values
 

@@ -27,10 +27,10 @@ class TrainedPart:
             torch.zeros_like(part.scale, requires_grad=True),
         )
 
-    def weight(self) -> Tensor:
-        """float32 [out, in], differentiable with respect to `changes`."""
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in], differentiable with respect to `changes`."""
         scale, middle = self._current()
-        weight: Tensor = _Read.apply(self._codes, scale, middle)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Read.apply(self._codes, scale, middle, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     def part(self) -> FloatPart:
@@ -47,15 +47,15 @@ class _Read(torch.autograd.Function):
     """Levels of signed codes, whose middle is −½. Keeps only the codes for the backward pass: a quarter of the levels."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, middle: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(codes)
         levels = codes.to(torch.float32).mul_(scale[:, :, None])
-        return levels.add_((middle + scale / 2)[:, :, None]).flatten(1)
+        return levels.add_((middle + scale / 2)[:, :, None]).flatten(1).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
         (codes,) = ctx.saved_tensors
-        grouped = gradient.view(codes.shape)
+        grouped = gradient.to(torch.float32).view(codes.shape)
         for_middle = grouped.sum(2)
         for_scale = codes.to(torch.float32).mul_(grouped).sum(2).add_(for_middle, alpha=0.5)
-        return None, for_scale, for_middle
+        return None, for_scale, for_middle, None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anybit.engine.quantize.calibrate.block import Block, Vectors
 from anybit.engine.quantize.solve.coded import FloatPart
-from anybit.engine.quantize.solve.precision import training_products
+from anybit.engine.quantize.solve.precision import training_dtype, training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 
 
@@ -75,10 +75,10 @@ def train_block(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
 
     def loss(width: int, sequences: slice) -> Tensor:
-        weights = {site: part.weight() for site, part in parts[width].items()}
-        trained = {**vectors, **_with_gains(vectors, gains)}
         tokens = slice(0, options.tokens)
         inputs = data.inputs[width][sequences, tokens]
+        weights = {site: part.weight(training_dtype(inputs.device)) for site, part in parts[width].items()}
+        trained = {**vectors, **_with_gains(vectors, gains)}
         with training_products(inputs.device):
             output = block(inputs, weights, trained)
         return importance[width] * block_loss(output, data.targets[width][sequences, tokens])
