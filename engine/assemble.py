@@ -25,7 +25,13 @@ from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.types import ModelInfo
 from anybit.engine.weight_traffic import WeightTraffic
-from anybit.engine.weights.accounting import bytes_read, linear_entries, vocabulary_entries, width_info
+from anybit.engine.weights.accounting import (
+    bytes_read,
+    float_part_bytes,
+    linear_entries,
+    vocabulary_entries,
+    width_info,
+)
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
 from anybit.engine.weights.manifest import Manifest, manifest_sha256, verify_files
@@ -82,6 +88,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         max_model_len,
         WeightTraffic(
             {width: bytes_read(linear_entries(manifest), width) for width in bit_widths},
+            {width: float_part_bytes(linear_entries(manifest), width) for width in bit_widths},
             head_bytes=bytes_read(vocabulary_entries(manifest)[-1:], config.lm_head_bits),
         ),
     )

@@ -92,7 +92,8 @@ class EngineCore:
         self._steps += 1
         if len(self._step_tokens) < _MAX_STEP_RECORDS:
             self._step_tokens.append(sum(chunk.num_tokens for chunk in chunks))
-        self._traffic.record_step(output.widths, used_head=bool(output.sampled or output.scored))
+        used_head = bool(output.sampled or output.scored)
+        self._traffic.record_step(output.widths, used_head, output.in_one_pass)
         self._scheduler.record(chunks)
         now = time.monotonic()
         events = [self._report_scores(sequence, scores) for sequence, scores in output.scored]
@@ -107,6 +108,11 @@ class EngineCore:
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
+
+    @property
+    def weight_bytes_read(self) -> int:
+        """Since the start, at all widths."""
+        return sum(self._traffic.bytes_read.values())
 
     def take_stats(self, resident_bytes: int = 0) -> EngineStats:
         """A snapshot; the step records start anew."""

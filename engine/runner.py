@@ -31,13 +31,15 @@ class SampledToken:
 class StepOutput:
     """What a step found out: tokens of the sequences that can go on, scores of prompts that asked for them.
 
-    If a later step has overwritten the logits that some tokens would take, it `is_undecided` and holds nothing else.
+    `in_one_pass` says that its widths read the weights together. If a later step has overwritten the logits that some
+    tokens would take, it `is_undecided` and holds nothing else.
     """
 
     widths: frozenset[int]
     sampled: list[SampledToken]
     scored: list[tuple[Sequence, list[TokenLogprob]]] = field(default_factory=list)
     is_undecided: bool = False
+    in_one_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +126,8 @@ def _launched(chunks: tuple[Chunk, ...], decode: LaunchedDecode) -> LaunchedStep
         for sequence, token in zip(decode.sequences, step.found.tokens, strict=True):
             sequence.draws_from_all |= token == UNDECIDED
         if is_followed and UNDECIDED in step.found.tokens:
-            return StepOutput(widths, [], is_undecided=True)
-        return StepOutput(widths, choose_tokens(step.logits, decode.sequences, step.found))
+            return StepOutput(widths, [], is_undecided=True, in_one_pass=True)
+        return StepOutput(widths, choose_tokens(step.logits, decode.sequences, step.found), in_one_pass=True)
 
     return LaunchedStep(chunks, result, decode)
 

@@ -48,6 +48,7 @@ class RandomLoader:
         self._lm_head_bits = lm_head_bits
         self._device = device
         self.linear_bytes: Counter[int] = Counter()
+        self.part_bytes: Counter[int] = Counter()
         self.head_bytes = 0
 
     def linear(self, prefixes: Sequence[str], bias: bool) -> Linear:
@@ -62,6 +63,9 @@ class RandomLoader:
         weight = random_weight(shape, _GROUP_SIZE, self._bit_widths, self._device)
         for width in self._bit_widths:
             self.linear_bytes[width] += weight.bytes_read(width)
+            self.part_bytes[width] += weight.bytes_read(width) - layout.code_bytes(
+                shape.out_features, shape.in_features, width
+            )
         return NestedLinear(dispatch.prepare(weight), biases)
 
     def vocabulary(self, prefix: str) -> VocabularyTable:
@@ -96,7 +100,7 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     bit_widths = config.bit_widths or layout.BIT_WIDTHS
     loader = RandomLoader(model, bit_widths, config.lm_head_bits, device)
     dtype = torch.bfloat16 if device.type == "cuda" or bit_widths == (UNQUANTIZED,) else torch.float32
-    decoder = build_decoder(model, loader, context, dtype, device)
+    decoder = build_decoder(model, loader, context, dtype, device, is_fast=config.reproducible is False)
     spec = KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, config.kv_format)
     num_pages = (config.max_num_seqs + 1) * spec.pages_for(context)
     core = EngineCore(
@@ -104,7 +108,7 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
         Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)),
         spec.page_bytes,
         context,
-        WeightTraffic(loader.linear_bytes, loader.head_bytes),
+        WeightTraffic(loader.linear_bytes, loader.part_bytes, loader.head_bytes),
     )
     return DecodeSubject(
         core=core,

@@ -25,6 +25,11 @@ def bytes_read(entries: Iterable[TensorEntry], bit_width: int) -> int:
     return sum(_codes(entry, bit_width) + layout.num_float_parts(bit_width) * _floats(entry) for entry in entries)
 
 
+def float_part_bytes(entries: Iterable[TensorEntry], bit_width: int) -> int:
+    """Those of `bytes_read` that are not codes."""
+    return sum(layout.num_float_parts(bit_width) * _floats(entry) for entry in entries)
+
+
 def bytes_resident(entries: Iterable[TensorEntry], bit_widths: Iterable[int]) -> int:
     """Bytes in memory when all of `bit_widths` can be read: one copy of the codes, a float part per width."""
     widths = set(bit_widths)

@@ -57,6 +57,12 @@ def decode(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Fill --shape with random weights; nothing is downloaded.")
     ] = False,
+    mixed: Annotated[
+        str | None, typer.Option(help="Also measure batches whose sequences have these widths in turn, such as 2,4,8.")
+    ] = None,
+    reproducible: Annotated[
+        bool | None, typer.Option("--reproducible/--fast", help="As of `anybit serve`; matters on a GPU.")
+    ] = None,
     beside_bf16: Annotated[
         bool, typer.Option("--beside-bf16", help="Also measure the --shape with bfloat16 weights, as 16 bits (GPU).")
     ] = False,
@@ -65,15 +71,17 @@ def decode(
     """Tokens per second of the decode loop, end to end without HTTP."""
     batches = parse_batches(batch)
     bit_widths = parse_bit_widths(bit_width)
+    mixed_widths = () if mixed is None else parse_bit_widths(mixed)
     config = EngineConfig(
         checkpoint="",
         model_name=shape or "",
-        bit_widths=bit_widths,
+        bit_widths=tuple(sorted({*bit_widths, *mixed_widths})),
         default_bit_width=bit_widths[0],
         lm_head_bits=lm_head_bits,
         max_num_seqs=max(batches),
         device=device,
         threads=threads,
+        reproducible=reproducible,
     )
     _check_shape(shape, random_weights, model)
     if beside_bf16 and shape is None:
@@ -90,10 +98,11 @@ def decode(
     # Every prompt takes a few steps, in which those before it go on.
     needed = context + steps + max(batches) * (context // _FEWEST_STEP_TOKENS + 2) + _ROOM
     subject = loaded_subject(config) if shape is None else random_subject(shape, config, needed)
-    measured = [(subject, bit_widths)]
+    alone = [(width,) for width in bit_widths]
+    measured = [(subject, alone if mixed is None else [*alone, mixed_widths])]
     if shape is not None and beside_bf16:
         of_floats = replace(config, bit_widths=(UNQUANTIZED,), default_bit_width=UNQUANTIZED)
-        measured.append((random_subject(shape, of_floats, needed), (UNQUANTIZED,)))
+        measured.append((random_subject(shape, of_floats, needed), [(UNQUANTIZED,)]))
     with stage_progress() as progress:
         report = bench_decode(
             measured, batches, context, steps, rounds, lambda done, total: progress.update("bench", done, total)

@@ -34,17 +34,28 @@ def subject(monkeypatch):
 
 
 def test_a_report_has_a_row_for_each_width_and_batch(subject):
-    report = bench_decode([(subject, (2, 8))], (1, 3), context=20, steps=3, rounds=2)
+    report = bench_decode([(subject, [(2,), (8,)])], (1, 3), context=20, steps=3, rounds=2)
     assert [(row["bit_width"], row["batch"]) for row in report["rows"]] == [(2, 1), (2, 3), (8, 1), (8, 3)]
     assert all(row["tokens_per_second"] > 0 and row["context"] == 20 for row in report["rows"])
     assert report["shape"] == "tiny, random weights"
     assert subject.core.take_stats().kv_pages_used == 0
 
 
+def test_a_batch_of_several_widths_reads_what_was_counted(subject):
+    report = bench_decode([(subject, [(2,), (8,), (2, 8)])], (2,), context=20, steps=3, rounds=1)
+    narrow, wide, mixed = report["rows"]
+    assert mixed["bit_width"] == "2+8"
+    assert narrow["weight_bytes"] == subject.weight_bytes[2]
+    assert wide["weight_bytes"] == subject.weight_bytes[8]
+    # On a processor each width reads its own weights, and the head is read once.
+    head = 304 * 128 * (1 + 2 * 4 / 128)
+    assert narrow["weight_bytes"] + wide["weight_bytes"] - mixed["weight_bytes"] == pytest.approx(head, rel=0.03)
+
+
 def test_unquantized_weights_are_measured_beside_nested_ones(subject):
     config = EngineConfig("", "tiny", bit_widths=(UNQUANTIZED,), max_num_seqs=3, device="cpu", threads=1)
     of_floats = random_subject("tiny", config, 200)
-    report = bench_decode([(subject, (4,)), (of_floats, (UNQUANTIZED,))], (2,), context=20, steps=2, rounds=1)
+    report = bench_decode([(subject, [(4,)]), (of_floats, [(UNQUANTIZED,)])], (2,), context=20, steps=2, rounds=1)
     nested, dense = report["rows"]
     assert (nested["bit_width"], dense["bit_width"]) == (4, UNQUANTIZED)
     linears = TINY.num_layers * (128 * (256 + 128) + 3 * 128 * 256)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_TOKENS = 1024
+_CHUNK_TOKENS = 4096
 _STRIP = 192
 
 
 class InputMoments:
     """Running E[x xᵀ] and E[x] of the inputs at one site, in float64.
 
-    Products and sums of up to 1,024 tokens are formed in float32 (never in TF32 or bf16) and added up in float64.
+    Products and sums of up to 4,096 tokens are formed in float32 (never in TF32 or bf16) and added up in float64.
     Tokens whose input is not finite are left out and counted.
     """
 
