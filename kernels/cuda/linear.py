@@ -92,12 +92,12 @@ def fast_form(tokens: int, weight: FragmentWeight) -> InputForm | None:
         return exact_form(tokens, weight) if tokens < _MANY_TOKENS // 2 else None
     if tokens >= _MANY_TOKENS:
         return None
-    return InputForm(weight.group_size, _values_tiles(tokens), is_values=True)
+    return InputForm(weight.group_size, values_tiles(tokens), is_values=True)
 
 
-def _values_tiles(tokens: int) -> int:
-    """N-tiles of 32, 64 or 128 tokens."""
-    return next((tiles for tiles in (8, 16) if tokens <= tiles * TILE_TOKENS), _MAX_VALUES_TILES)
+def values_tiles(tokens: int) -> int:
+    """N-tiles of a pass of 8, 16, 32, 64 or 128 tokens."""
+    return next((tiles for tiles in (2, 4, 8, 16) if tokens <= tiles * TILE_TOKENS), _MAX_VALUES_TILES)
 
 
 def multiply(activations: Activations, weight: FragmentWeight, bit_width: int, bias: Tensor | None, y: Tensor) -> None:

@@ -90,7 +90,8 @@ def test_a_block_of_warpgroups_fits_and_takes_whole_segments(
 def test_a_block_of_values_fits_and_has_columns(
     out_features, in_features, passes, width, group_size, part_bytes, pass_tiles
 ):
-    operands = RingOperands(width, group_size, part_bytes, 2 * pass_tiles)
+    values_tiles = 2 if pass_tiles == 8 else 32
+    operands = RingOperands(width, group_size, part_bytes, values_tiles)
     tiling = default_values_tiling(out_features, in_features, passes, operands, HOPPER)
     assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
     assert num_threads(tiling) <= 640

@@ -56,7 +56,21 @@ __device__ inline void wait_for_values(float (&sums)[kValueSums]) {
 
 // sums += 64 rows of weights (a warp's 16 as an A fragment) times the values that a descriptor tells of, over 16 columns.
 __device__ inline void multiply_values(float (&sums)[kValueSums], const u32 (&weights)[4], unsigned long long values) {
-#if PASS_TILES == 8
+#if PASS_TILES == 2
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." VALUE_NAME "." VALUE_NAME " "
+        "{%0,%1,%2,%3},"
+        "{%4,%5,%6,%7},%8,1,1,1,0;"
+        : VALUES4(0)
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+#elif PASS_TILES == 4
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." VALUE_NAME "." VALUE_NAME " "
+        "{%0,%1,%2,%3,%4,%5,%6,%7},"
+        "{%8,%9,%10,%11},%12,1,1,1,0;"
+        : VALUES4(0), VALUES4(4)
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+#elif PASS_TILES == 8
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n32k16.f32." VALUE_NAME "." VALUE_NAME " "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
@@ -81,7 +95,7 @@ __device__ inline void multiply_values(float (&sums)[kValueSums], const u32 (&we
         : VALUES16(0), VALUES16(16), VALUES16(32), VALUES16(48)
         : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
 #else
-    static_assert(PASS_TILES == 8, "passes have 32, 64 or 128 tokens");
+    static_assert(PASS_TILES == 2, "passes have 8, 16, 32, 64 or 128 tokens");
 #endif
 }
 
