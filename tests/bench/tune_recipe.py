@@ -4,9 +4,9 @@
         --setting 'base={}' --setting 'few steps={"training": {"steps": 4}}' --setting 'codes={"code_importance": {"2": 1}}'
 
 A setting changes fields of `engine.quantize.recipes.Recipe`; `training` and a width of `end_to_end` change some of their own
-fields, `code_importance` the widths' weights in the descent over codes. Each is quantized and scored once per --variant and
---seeds. Scores are those of the codes dequantized to float32 and run over whole windows, which is many times faster than
-the serving path and differs from it by less than settings do.
+fields, `code_importance` the widths' weights in the descent over codes, `descent_passes` the number of its passes. Each is
+quantized and scored once per --variant and --seeds. Scores are those of the codes dequantized to float32 and run over whole
+windows, which is many times faster than the serving path and differs from it by less than settings do.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from anybit.kernels.layout import BIT_WIDTHS
 
 CONTEXT = 1024
 _WINDOWS_TOGETHER = 4
+_OF_SOLVER = ("code_importance", "descent_passes")
 
 
 def main() -> None:
@@ -105,6 +106,7 @@ def measure(
     with (
         tempfile.TemporaryDirectory() as directory,
         patch.object(methods, "_LOW_IMPORTANCE", codes),
+        patch.object(methods, "_DESCENT_PASSES", changes.get("descent_passes", methods._DESCENT_PASSES)),
         patch.object(calibrated, "recipe_for", lambda asked: changed(recipe_for(asked), changes)),
     ):
         started = time.perf_counter()
@@ -117,7 +119,7 @@ def measure(
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    fields = {name: value for name, value in changes.items() if name != "code_importance"}
+    fields = {name: value for name, value in changes.items() if name not in _OF_SOLVER}
     if "training" in fields and recipe.training is not None:
         fields["training"] = replace(recipe.training, **fields["training"])
     if "end_to_end" in fields:
