@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-PAGE_SIZE = 64  # tokens; the unit in which pages are allocated, shared and (later) compressed
+from anybit.kernels.page_layout import PAGE_TOKENS
+
+PAGE_SIZE = PAGE_TOKENS  # the unit in which pages are allocated, shared and compressed
 
 _DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 KV_FORMATS = tuple(_DTYPES)

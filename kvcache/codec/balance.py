@@ -7,9 +7,8 @@ w have the same products; with w² = rms(q)/σ(k) the error of the products is l
 import torch
 from torch import Tensor
 
+from anybit.kernels.page_layout import PAGE_TOKENS
 from anybit.kernels.portable.hadamard import rotate, rotation_signs, unrotate
-
-PAGE_TOKENS = 64
 
 
 def balance_weights(queries: Tensor, keys: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def _planes(bits: int) -> tuple[int, ...]:
 
 
 def _pack_plane(fields: Tensor, width: int) -> Tensor:
-    grouped = fields.view(*fields.shape[:-1], -1, 8 // width)
+    of_byte = 8 // width
+    grouped = fields.reshape(*fields.shape[:-1], fields.shape[-1] // of_byte, of_byte)
     return (grouped << _shifts(width, fields.device)).sum(-1, dtype=torch.uint8)
 
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from anybit.kernels.page_layout import PAGE_TOKENS, PageLayout, pair_layout, uniform_layout
 from anybit.kvcache.codec.metadata import decode_linear, decode_log, encode_linear, encode_log
 from anybit.kvcache.codec.packing import pack_codes, unpack_codes
 from anybit.kvcache.codec.pairs import Table, TreeTable
@@ -27,6 +28,9 @@ class PageCodec(Protocol):
 
     def decode(self, fields: PageFields) -> Tensor:
         """float32 [..., tokens, head_dim]."""
+
+    def layout(self, head_dim: int) -> PageLayout:
+        """Of the fields in memory."""
 
 
 def stored_bits(fields: PageFields, num_elements: int) -> float:
@@ -60,13 +64,11 @@ class PairCodec:
         fields["codes"] = pack_codes(codes, self.table.bits)
         return fields
 
+    def layout(self, head_dim: int) -> PageLayout:
+        return pair_layout(self.table.bits, self.has_mean, head_dim)
+
     def decode(self, fields: PageFields) -> Tensor:
-        codes = unpack_codes(fields["codes"], self.table.bits)
-        norms = decode_log(fields["norms"], fields["norm_range"])
-        rows = self.table.decode(codes) * norms[..., None]
-        if self.has_mean:
-            rows = rows + decode_linear(fields["mean"], fields["mean_range"])[..., None, :]
-        return rows
+        return _decode_pairs(self.table, unpack_codes(fields["codes"], self.table.bits), fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,13 @@ class CoarseCodec:
     def encode(self, rows: Tensor) -> PageFields:
         return PairCodec(self.table, self.has_mean).encode(rows)
 
+    def layout(self, head_dim: int) -> PageLayout:
+        return pair_layout(self.table.bits, self.has_mean, head_dim)
+
     def decode(self, fields: PageFields) -> Tensor:
         coarse = self.table.coarse
         codes = unpack_codes(fields["codes"], self.table.bits) >> (self.table.bits - coarse.bits)
-        return PairCodec(coarse, self.has_mean).decode({**fields, "codes": pack_codes(codes, coarse.bits)})
+        return _decode_pairs(coarse, codes, fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,9 @@ class UniformCodec:
             "codes": pack_codes(codes, self.bits),
         }
 
+    def layout(self, head_dim: int) -> PageLayout:
+        return uniform_layout(self.bits, head_dim if self.per == "channel" else PAGE_TOKENS, head_dim)
+
     def decode(self, fields: PageFields) -> Tensor:
         codes = unpack_codes(fields["codes"], self.bits).to(torch.float32)
         low = decode_linear(fields["minima"], fields["minimum_range"]).unsqueeze(self._reduced)
@@ -122,6 +130,13 @@ class UniformCodec:
     @property
     def _reduced(self) -> int:
         return -2 if self.per == "channel" else -1
+
+
+def _decode_pairs(table: Table, codes: Tensor, fields: PageFields) -> Tensor:
+    rows = table.decode(codes) * decode_log(fields["norms"], fields["norm_range"])[..., None]
+    if "mean" in fields:
+        rows = rows + decode_linear(fields["mean"], fields["mean_range"])[..., None, :]
+    return rows
 
 
 def _require_finite(rows: Tensor) -> None:

@@ -31,7 +31,8 @@ from anybit.engine.models.registry import parse_config
 from anybit.engine.quantize.calibrate.block import Block, load_linears, load_vectors
 from anybit.engine.quantize.prepare import fetch_source
 from anybit.engine.weights.source import SourceModel
-from anybit.kvcache.codec.balance import PAGE_TOKENS, PageBasis, balance_weights
+from anybit.kernels.page_layout import PAGE_TOKENS
+from anybit.kvcache.codec.balance import PageBasis, balance_weights
 from anybit.kvcache.codec.pages import CoarseCodec, PageCodec, PairCodec, UniformCodec, stored_bits
 from anybit.kvcache.codec.qet_matrix import QetOptions, compress, product_quantization
 from anybit.kvcache.codec.universal import tree_table, universal_table
