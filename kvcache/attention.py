@@ -10,18 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.portable.elementwise import softcap_
 from anybit.kernels.portable.matmul import ROW_MULTIPLE, batched_matmul
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.spec import PAGE_SIZE
-
-
-@dataclass(frozen=True, slots=True)
-class ExactPages:
-    """Pages as they were written, [slots, kv_heads, 64, head_dim]: those that sequences are writing."""
-
-    keys: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +29,6 @@ class PageTables:
     first: Tensor
     own: Tensor
     first_own: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSettings:
-    """As of `kernels.portable.attention.paged_attention`."""
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 def attend(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anybit.kvcache.attention import AttentionSettings, ExactPages, PageTables, attend
+from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
+from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.formats import SEALED_FORMATS, parse_format
 from anybit.kvcache.sealed import SealedPages
 
