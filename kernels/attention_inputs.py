@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
-    """Scores are q·k·scale, under a softcap softcap·tanh(score/softcap); with a window the newest that many tokens are seen."""
+    """Scores are q·k·scale, with a softcap softcap·tanh(score/softcap); with a window only the newest tokens are seen."""
 
     scale: float
     window: int | None = None
