@@ -46,7 +46,7 @@ class Recipe:
 # The wider, the smaller the steps that still help: what is learnt at a larger rate does not carry over to other text.
 _END_TO_END = {
     2: EndToEndOptions(48, 256, 2e-3),
-    3: EndToEndOptions(24, 512, 1e-3),
+    3: EndToEndOptions(40, 512, 1e-3),
     4: EndToEndOptions(3, 512, 5e-4),
 }
 HELD_OUT = 2
@@ -83,7 +83,7 @@ def recipe_for(options: QuantizeOptions) -> Recipe:
     # Of equally many tokens, many short windows generalise better at 2 bits than few long ones.
     return Recipe(
         solve_joint,
-        options.sequences or 128,
+        options.sequences or 96,
         options.context or 256,
         damping,
         prefix_hessians=options.true_sequential,

@@ -4,10 +4,8 @@ decoupleQ calls this its optional third step (arXiv 2404.12759, section 3.5, the
 float model itself, so any text will do and nothing but scales and zeros moves.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +68,9 @@ def train_end_to_end(
     recompute: bool,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[dict[str, FloatPart]]:
-    """Minimise KL(float ‖ width) over tokens, cross entropy but for a constant; the new float parts of every block, by site.
+    """Minimise KL(float ‖ width) over tokens; the new float parts of every block, by site.
 
-    With `recompute` a block's activations are computed again in the backward
-    pass instead of being kept.
+    With `recompute` a block's activations are computed again in the backward pass instead of being kept.
     """
     trained = [
         {site: TrainedPart(codes, bit_width, block.parts[site]) for site, codes in block.codes.items()}
@@ -83,6 +80,7 @@ def train_end_to_end(
     optimizer = torch.optim.Adam(
         [change for sites in trained for part in sites.values() for change in part.changes[first:]],
         lr=options.learning_rate,
+        fused=True,
         betas=(0.9, 0.99),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
@@ -100,8 +98,8 @@ def train_end_to_end(
             hidden = (
                 checkpoint(run_block, index, hidden, use_reentrant=False) if recompute else run_block(index, hidden)
             )
-        loss, gradient = distribution_gradient(hidden, data.targets[chosen], data.head)
-        if not math.isfinite(loss):
+        gradient = distribution_gradient(hidden, data.targets[chosen], data.head)
+        if not bool(torch.isfinite(gradient).all()):
             raise ArithmeticError(f"Training at {bit_width} bits diverged.")
         optimizer.zero_grad(set_to_none=True)
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
@@ -111,41 +109,26 @@ def train_end_to_end(
     return [{site: part.part() for site, part in sites.items()} for sites in trained]
 
 
-def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> tuple[float, Tensor]:
-    """Mean cross entropy over tokens, and its gradient to `hidden`; both [sequences, tokens, hidden].
+def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """The gradient to `hidden` of the mean divergence over tokens; all [sequences, tokens, hidden].
 
-    Some tokens at a time: logits of all of them would be by far the largest tensors here, and new memory each time.
+    Of logits it is the difference of the distributions. Some tokens at a time: logits of all of them would be by far the
+    largest tensors here, and new memory each time.
     """
     leaf = hidden.detach().flatten(0, 1).requires_grad_()
-    total = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
     of_both = (torch.split(tensor, _COMPARED_TOGETHER) for tensor in (leaf, targets.flatten(0, 1)))
     for part, target in zip(*of_both, strict=True):
         with training_products(hidden.device):
             logits = head(part)
             with torch.no_grad():
-                wanted = torch.softmax(head(target), -1, dtype=torch.float32)
-        loss: Tensor = _CrossEntropy.apply(logits.float(), wanted)  # type: ignore[no-untyped-call]
-        share = len(part) / len(leaf)
-        loss.backward(loss.new_tensor(share))  # type: ignore[no-untyped-call]
-        total += loss.detach() * share
+                wanted = _probabilities(head(target))
+        difference = _probabilities(logits.detach()).sub_(wanted).div_(len(leaf))
+        logits.backward(difference.to(logits.dtype))  # type: ignore[no-untyped-call]
     if leaf.grad is None:
         raise ValueError("There is nothing to compare.")
-    return float(total), leaf.grad.view_as(hidden)
+    return leaf.grad.view_as(hidden)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Mean over tokens of −Σ wanted · log softmax(logits), both [..., vocab]; half of autograd's passes over them."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
-        probabilities = torch.softmax(logits, -1)
-        largest, token = logits.max(-1, keepdim=True)
-        log_sum = largest - probabilities.gather(-1, token).log_()
-        loss: Tensor = (log_sum[..., 0] - torch.linalg.vecdot(wanted, logits)).mean()
-        ctx.save_for_backward(probabilities.sub_(wanted).div_(loss.new_tensor(log_sum.numel())))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return difference.mul_(gradient), None
+def _probabilities(logits: Tensor) -> Tensor:
+    """In float32, or in what is wider."""
+    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))

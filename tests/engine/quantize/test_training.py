@@ -173,11 +173,9 @@ def test_gradient_towards_a_distribution_is_that_of_the_divergence():
     hidden, targets = torch.randn(2, 3, 101, 16, dtype=torch.float64, generator=generator)
     hidden.requires_grad_()
 
-    loss, gradient = distribution_gradient(hidden, targets, lambda x: x @ table.T)
+    gradient = distribution_gradient(hidden, targets, lambda x: x @ table.T)
 
     expected = torch.log_softmax(targets @ table.T, -1)
     divergence = (expected.exp() * (expected - torch.log_softmax(hidden @ table.T, -1))).sum(-1).mean()
     (wanted,) = torch.autograd.grad(divergence, hidden)
-    entropy = -(expected.exp() * expected).sum(-1).mean()
     torch.testing.assert_close(gradient, wanted)
-    assert loss == pytest.approx(float(divergence.detach() + entropy))
