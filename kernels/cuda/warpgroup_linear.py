@@ -68,29 +68,20 @@ def batch_constants(
     tiling: BatchTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
 ) -> dict[str, int]:
     """What `source/linear_batch.cu` is compiled for."""
-    return {
-        **_ring_constants(tiling, operands, part_dtype, dtype),
-        "SEGMENTS": tiling.segments,
-        "STAGES": tiling.stages,
-    }
+    return {**values_constants(tiling, operands, part_dtype, dtype), "SEGMENTS": tiling.segments}
 
 
 def values_constants(
-    tiling: ValuesTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
-) -> dict[str, int]:
-    """What `source/linear_values.cu` is compiled for."""
-    return {**_ring_constants(tiling, operands, part_dtype, dtype), "STAGES": tiling.stages}
-
-
-def _ring_constants(
     tiling: WarpgroupTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
 ) -> dict[str, int]:
+    """What `source/linear_values.cu`, and all of `source/ring.cuh`, is compiled for."""
     return {
         **weight_constants(operands.bit_width, operands.group_size, part_dtype),
         "VALUE": VALUES[dtype],
         "PASS_TILES": operands.pass_tiles,
         "WARPGROUPS": tiling.warpgroups,
         "CLUSTER": tiling.cluster,
+        "STAGES": tiling.stages,
     }
 
 

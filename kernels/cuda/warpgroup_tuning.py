@@ -57,6 +57,9 @@ class WarpgroupTiling(Protocol):
     @property
     def cluster(self) -> int: ...
 
+    @property
+    def stages(self) -> int: ...
+
     def shared_bytes(self, operands: RingOperands) -> int: ...
 
 

@@ -139,7 +139,7 @@ def test_products_of_values_are_near_the_oracle(shape, dtype, width):
     """Within what rounding the weight, and at 6 and 8 bits a sum before it, to the values' type leaves."""
     rows, columns, group_size = shape
     if not has_warpgroups(torch.device("cuda", 0)):
-        pytest.skip("This GPU has no warpgroup products.")
+        pytest.skip("This GPU has no warpgroup products.")  # and so none of its products goes through them
     weight, bias = random_nested(*shape), normal(rows, seed=3)
     served = fragments.pack(on_gpu(weight))
     levels = reference.dequantize(weight, width)

@@ -74,7 +74,7 @@ __device__ inline float of_eight_sum(float x) {
 // Queries of eight heads as B operands, each over its own largest number so that half precision holds them.
 struct HeadQueries {
     u32 operand[kKeySteps][2];
-    float factor[2];  // of heads 2c and 2c + 1
+    float factor[2], sum[2];  // of heads 2c and 2c + 1; the sum is that of the operands
 
     __device__ void read(const SealedProblem& problem, int sequence, int kv_head, int first_row) {
         const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4, group = problem.heads / problem.kv_heads;
@@ -96,6 +96,11 @@ struct HeadQueries {
             }
 #pragma unroll
         for (int i = 0; i < 2; ++i) factor[i] = problem.scale * __shfl_sync(~0u, largest, (2 * c + i) * 4);
+        const u32 one = 0x3C003C00, ones[4] = {one, one, one, one};  // twice 1 each
+        float total[4] = {};
+#pragma unroll
+        for (int step = 0; step < kKeySteps; ++step) multiply_halves(total, ones, operand[step][0], operand[step][1]);
+        sum[0] = total[0], sum[1] = total[1];
     }
 };
 
@@ -156,21 +161,18 @@ struct SealedPage {
     __device__ float2 mean_scores(const HeadQueries& queries) const {
         u32 words[kLanePairs / 2];
         read_bytes<2 * kLanePairs>(keys + KeyRecord::kMean + threadIdx.x % 4 * 2 * kLanePairs, words);
-        const u32 one = 0x3C003C00;  // twice 1
-        float above[4] = {}, sum[4] = {};
+        float above[4] = {};
 #pragma unroll
         for (int step = 0; step < kKeySteps; ++step) {
             u32 codes[4];
 #pragma unroll
             for (int i = 0; i < 2; ++i) codes[2 * i] = codes[2 * i + 1] = __byte_perm(words[step], 0x64646464, i == 0 ? 0x4140 : 0x4342);
             multiply_halves(above, codes, queries.operand[step][0], queries.operand[step][1]);
-            const u32 ones[4] = {one, one, one, one};
-            multiply_halves(sum, ones, queries.operand[step][0], queries.operand[step][1]);
         }
         const float2 range = range_at(keys + KeyRecord::kMeanRange);
         float result[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) result[i] = range.y * (above[i] - 1024.f * sum[i]) + range.x * sum[i];
+        for (int i = 0; i < 2; ++i) result[i] = range.y * (above[i] - 1024.f * queries.sum[i]) + range.x * queries.sum[i];
         return make_float2(result[0], result[1]);
     }
 };
