@@ -35,6 +35,7 @@ _EMBEDDING_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 FEW_TOKENS = 16
 """Up to so many, tensor cores wait for memory whatever the kernel."""
+_SMALL_WEIGHT = 1 << 24  # up to so many numbers, more tokens are few
 _MANY_TOKENS = 256  # from which warpgroups pay for any weight, and the library for any form
 _MAX_VALUES_TILES = 32
 
@@ -86,8 +87,9 @@ def exact_form(tokens: int, weight: FragmentWeight) -> InputForm:
 
 def fast_form(tokens: int, weight: FragmentWeight) -> InputForm | None:
     """As `exact_form` for few tokens, then what is fastest, in another order: values, or None for the library."""
-    if tokens <= FEW_TOKENS:
-        return exact_form(tokens, weight)
+    few = 2 * FEW_TOKENS if weight.out_features * weight.in_features <= _SMALL_WEIGHT else FEW_TOKENS
+    if tokens <= few:
+        return InputForm(weight.group_size)
     if not has_warpgroups(weight.device):
         return exact_form(tokens, weight) if tokens < _MANY_TOKENS // 2 else None
     if tokens >= _MANY_TOKENS:

@@ -1,5 +1,8 @@
 """Products of many tokens on Hopper's warpgroups: in fixed point with the bits of few tokens' products, or of values."""
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,10 +18,17 @@ from anybit.kernels.cuda.warpgroup_tuning import (
     WarpgroupTiling,
     default_batch_tiling,
     default_values_tiling,
+    divide,
     limits,
     num_blocks,
     num_threads,
 )
+
+
+class _DivisionArgument(ctypes.Structure):
+    """`Division` of `source/linear_values.cu`."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("passes", "rounds", "splits", "cut_blocks")]
 
 
 def multiply_batch(
@@ -40,7 +50,8 @@ def multiply_batch(
         *pointers(bias, y),
         *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
     ]
-    _launch("linear_batch", constants, tiling, operands, activations, weight, arguments)
+    grid = (tiling.cluster, activations.passes, num_blocks(weight.out_features, tiling))
+    _launch("linear_batch", constants, tiling, operands, grid, arguments)
 
 
 def multiply_values(
@@ -55,20 +66,30 @@ def multiply_values(
     operands = _operands(activations, weight, bit_width)
     shape = (weight.out_features, weight.in_features)
     tiling = tiling or default_values_tiling(*shape, activations.passes, operands, limits())
+    division = divide(num_blocks(weight.out_features, tiling) * activations.passes, weight.column_tiles, limits())
+    partial = torch.empty(division.partial_numbers(tiling, operands.pass_tokens), device=y.device)
     constants = values_constants(tiling, operands, weight.part_dtype, y.dtype)
     arguments: list[Argument] = [
         describe_weight(weight, bit_width),
-        *pointers(activations.numbers, bias, y),
+        *pointers(activations.numbers, bias, y, partial, _piece_counters(y.device)),
         *integers(activations.tokens, weight.out_features, weight.row_tiles, weight.column_tiles),
+        _DivisionArgument(activations.passes, division.rounds, division.splits, division.cut_blocks),
     ]
-    _launch("linear_values", constants, tiling, operands, activations, weight, arguments)
+    _launch("linear_values", constants, tiling, operands, (division.grid, 1, 1), arguments)
+
+
+@functools.cache
+def _piece_counters(device: torch.device) -> Tensor:
+    """Zeros, which every launch leaves as it found them; launches that share a device's follow one another."""
+    return torch.zeros(limits().multiprocessors, dtype=torch.int32, device=device)
 
 
 def batch_constants(
     tiling: BatchTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
 ) -> dict[str, int]:
     """What `source/linear_batch.cu` is compiled for."""
-    return {**values_constants(tiling, operands, part_dtype, dtype), "SEGMENTS": tiling.segments}
+    constants = values_constants(tiling, operands, part_dtype, dtype)
+    return {**constants, "CLUSTER": tiling.cluster, "SEGMENTS": tiling.segments}
 
 
 def values_constants(
@@ -80,7 +101,6 @@ def values_constants(
         "VALUE": VALUES[dtype],
         "PASS_TILES": operands.pass_tiles,
         "WARPGROUPS": tiling.warpgroups,
-        "CLUSTER": tiling.cluster,
         "STAGES": tiling.stages,
     }
 
@@ -94,11 +114,9 @@ def _launch(
     constants: dict[str, int],
     tiling: WarpgroupTiling,
     operands: RingOperands,
-    activations: Activations,
-    weight: FragmentWeight,
+    grid: tuple[int, int, int],
     arguments: list[Argument],
 ) -> None:
     shared_bytes = tiling.shared_bytes(operands)
     kernel = load_kernel(source, f"nested_{source}", defined(**constants), shared_bytes)
-    grid = (tiling.cluster, activations.passes, num_blocks(weight.out_features, tiling))
     kernel.launch(grid, num_threads(tiling), arguments, shared_bytes)

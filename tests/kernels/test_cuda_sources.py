@@ -42,11 +42,11 @@ def test_products_of_warpgroups_compile(bit_width, group_size, pass_tiles, clust
 @pytest.mark.parametrize(
     ("group_size", "pass_tiles", "tiling", "dtype"),
     [
-        (128, 16, ValuesTiling(4, 1, 3), torch.bfloat16),
-        (64, 8, ValuesTiling(2, 4, 4), torch.float16),
-        (32, 32, ValuesTiling(3, 2, 2), torch.bfloat16),
-        (128, 2, ValuesTiling(2, 1, 4), torch.bfloat16),
-        (64, 4, ValuesTiling(2, 8, 4), torch.bfloat16),
+        (128, 16, ValuesTiling(4, 3), torch.bfloat16),
+        (64, 8, ValuesTiling(2, 4), torch.float16),
+        (32, 32, ValuesTiling(3, 2), torch.bfloat16),
+        (128, 2, ValuesTiling(2, 4), torch.bfloat16),
+        (64, 4, ValuesTiling(3, 4), torch.bfloat16),
     ],
 )
 def test_products_of_values_compile(bit_width, group_size, pass_tiles, tiling, dtype):

@@ -11,6 +11,7 @@ from anybit.kernels.cuda.warpgroup_tuning import (
     RingOperands,
     default_batch_tiling,
     default_values_tiling,
+    divide,
     num_threads,
 )
 
@@ -95,15 +96,22 @@ def test_a_block_of_values_fits_and_has_columns(
     tiling = default_values_tiling(out_features, in_features, passes, operands, HOPPER)
     assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
     assert num_threads(tiling) <= 640
-    assert tiling.cluster * 128 <= in_features + 127
 
 
 def test_clusters_are_for_weights_with_too_few_rows_to_go_round():
     operands = RingOperands(4, 128, 2, 16)
-    for choose in (default_batch_tiling, default_values_tiling):
-        clusters = {
-            (rows, passes): choose(rows, 4096, passes, operands, HOPPER).cluster
-            for rows, passes in [(28672, 1), (4096, 1), (4096, 32)]
-        }
-        assert clusters[28672, 1] == clusters[4096, 32] == 1
-        assert clusters[4096, 1] > 1
+    clusters = {
+        (rows, passes): default_batch_tiling(rows, 4096, passes, operands, HOPPER).cluster
+        for rows, passes in [(28672, 1), (4096, 1), (4096, 32)]
+    }
+    assert clusters[28672, 1] == clusters[4096, 32] == 1
+    assert clusters[4096, 1] > 1
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_every_block_of_values_is_multiplied_once(blocks, column_tiles):
+    division = divide(blocks, column_tiles, HOPPER)
+    assert division.rounds * division.grid + division.cut_blocks == blocks
+    assert division.cut_blocks * division.splits <= division.grid <= HOPPER.multiprocessors
+    assert 1 <= division.splits <= column_tiles
+    assert division.rounds == 0 or division.grid == HOPPER.multiprocessors

@@ -86,6 +86,12 @@ __device__ inline void add_phase(const int (&sums)[kSums], const u8* tile, int p
     }
 }
 
+struct ColumnTile {
+    int row_tile, column_tile;
+
+    __device__ bool advance() { return ++column_tile, true; }
+};
+
 // A grid of (blocks of a cluster, passes of PASS_TILES n-tiles, groups of rows); digits as digits.cuh says for such passes.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if CLUSTER > 1
@@ -106,9 +112,9 @@ nested_linear_batch(Weight weight, const u8* digits, const float2* scales, const
     barriers.init();
     if (warp >= kWarps) {
         give_registers<kFewRegisters>();
-        const auto request_digits = [&](int tile, int stage) {
+        const auto request_digits = [&](const ColumnTile& tile, int stage) {
             const u32 to = shared_address(ring), barrier = barriers.filled + 8 * stage;
-            const int k = first + tile;
+            const int k = tile.column_tile;
             expect_bytes(barrier, kInputBytes + kGroups * kScaleBytes);
             copy_bytes(to + stage * kInputBytes, digits + ((size_t)pass * tiles_k + k) * kInputBytes, kInputBytes, barrier);
 #pragma unroll
@@ -116,8 +122,8 @@ nested_linear_batch(Weight weight, const u8* digits, const float2* scales, const
                 copy_bytes(to + kScales + (stage * kGroups + group) * kScaleBytes,
                            scales + (size_t)(k * kGroups + group) * slots + pass * kPassTokens, kScaleBytes, barrier);
         };
-        fill_ring(barriers, shared_address(ring) + kWeights, weight, blockIdx.z * kWarps, row_tiles, tiles_k, first, count,
-                  request_digits);
+        fill_ring(barriers, shared_address(ring) + kWeights, weight, row_tiles, tiles_k, count,
+                  ColumnTile{(int)blockIdx.z * kWarps, first}, request_digits);
         // What follows needs more registers than this warpgroup has left.
         wait_for_all();
         if (CLUSTER > 1) wait_for_all();

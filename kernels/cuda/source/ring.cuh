@@ -26,25 +26,44 @@ constexpr int kPartsBytes = kGroups * kRows * sizeof(Part), kCodeBytes = kRows *
 constexpr int kTileBytes = kCodeBytes + (kHasLow ? 2 : 1) * kPartsBytes;
 constexpr int kFirstC3 = 512, kFirstC4 = 768, kFirstC6 = 1024, kFirstC8 = 1536;  // in a warp's weights
 
-// A warp copies a tile of weights, `index` of the streams.
-__device__ inline void request(u32 to, const Weight& weight, size_t index) {
-    const int lane = threadIdx.x & 31;
-    copy_16(to + 16 * lane, weight.c2 + index * 32 + lane);
-    if (kHasC3 && (kHasC4 || lane < 16)) {
-        const uint2* stream = kHasC4 && lane >= 16 ? weight.c4 : weight.c3;
-        copy_16(to + kFirstC3 + 16 * lane, stream + index * 32 + lane % 16 * 2);
-    }
-    if (kHasC6) copy_16(to + kFirstC6 + 16 * lane, weight.c6 + index * 32 + lane);
-    if (kHasC8) copy_16(to + kFirstC8 + 16 * lane, weight.c8 + index * 32 + lane);
-    constexpr int kLanes = kPartsBytes / 16;
+// Where a lane copies a tile's codes and parts from, and from the tiles of columns that follow.
+struct WeightSource {
+    static constexpr int kPartLanes = kPartsBytes / 16, kLanes = (kHasLow ? 2 : 1) * kPartLanes, kPartCopies = (kLanes + 31) / 32;
+    const u8 *c2, *c34, *c6, *c8, *parts[kPartCopies];
+
+    __device__ void begin(const Weight& weight, size_t index) {
+        const int lane = threadIdx.x & 31;
+        const auto at = [&](const void* stream, int bytes, int chunk) {
+            return reinterpret_cast<const u8*>(stream) + index * bytes + chunk * 16;
+        };
+        c2 = at(weight.c2, 512, lane);
+        if (kHasC3) c34 = at(kHasC4 && lane >= 16 ? weight.c4 : weight.c3, 256, lane % 16);
+        if (kHasC6) c6 = at(weight.c6, 512, lane);
+        if (kHasC8) c8 = at(weight.c8, 512, lane);
 #pragma unroll
-    for (int first = 0; first < (kHasLow ? 2 : 1) * kLanes; first += 32) {
-        const int at = first + lane;
-        const Part* parts = at < kLanes ? weight.high : weight.low;
-        if (at < (kHasLow ? 2 : 1) * kLanes)
-            copy_16(to + kCodeBytes + 16 * at, reinterpret_cast<const u8*>(parts) + index * kPartsBytes + at % kLanes * 16);
+        for (int i = 0; i < kPartCopies; ++i) {
+            const int chunk = 32 * i + lane;
+            parts[i] = at(chunk < kPartLanes ? weight.high : weight.low, kPartsBytes, chunk % kPartLanes);
+        }
     }
-}
+    __device__ void advance() {
+        c2 += 512, c34 += 256, c6 += 512, c8 += 512;
+#pragma unroll
+        for (int i = 0; i < kPartCopies; ++i) parts[i] += kPartsBytes;
+    }
+    // Of the tile of rows that is `tiles` tiles further on.
+    __device__ void request(u32 to, u32 tiles) const {
+        const int lane = threadIdx.x & 31;
+        to += 16 * lane;
+        copy_16(to, c2 + (size_t)(tiles * 512));
+        if (kHasC3 && (kHasC4 || lane < 16)) copy_16(to + kFirstC3, c34 + (size_t)(tiles * 256));
+        if (kHasC6) copy_16(to + kFirstC6, c6 + (size_t)(tiles * 512));
+        if (kHasC8) copy_16(to + kFirstC8, c8 + (size_t)(tiles * 512));
+#pragma unroll
+        for (int i = 0; i < kPartCopies; ++i)
+            if (32 * i + lane < kLanes) copy_16(to + kCodeBytes + 512 * i, parts[i] + (size_t)(tiles * kPartsBytes));
+    }
+};
 
 // Codes of one nibble of the tile that lies at `tile`.
 __device__ inline void read_codes(const u8* tile, bool is_low, Codes& codes) {
@@ -89,31 +108,42 @@ struct Barriers {
     }
 };
 
-// What the filling warpgroup does for `count` tiles; `request_inputs(tile, stage)` asks for what is not weights.
-template <class RequestInputs>
-__device__ inline void fill_ring(const Barriers& barriers, u32 weights, const Weight& weight, int row_tile, int row_tiles,
-                                 int tiles_k, int first, int count, const RequestInputs& request_inputs) {
-    const auto request_weights = [&](int tile, int stage) {
-#pragma unroll 1  // few registers are left
-        for (int w = threadIdx.x / 32 - kWarps; w < kWarps; w += 4) {
-            const size_t row = min(row_tile + w, row_tiles - 1);
-            request(weights + (stage * kWarps + w) * kTileBytes, weight, row * tiles_k + first + tile);
-        }
+// What the filling warpgroup does for `count` tiles. `tile` is the first: row_tile of its first warp's weights and column_tile;
+// advance() makes it the next and says whether that one only lies in other columns. request_inputs(tile, stage), by one thread,
+// expects and copies what is not weights.
+template <class Tile, class RequestInputs>
+__device__ inline void fill_ring(const Barriers& barriers, u32 weights, const Weight& weight, int row_tiles, int tiles_k, int count,
+                                 Tile tile, const RequestInputs& request_inputs) {
+    const int warp = threadIdx.x / 32 - kWarps;
+    WeightSource source;
+    const auto begin = [&] { source.begin(weight, (size_t)(tile.row_tile + warp) * tiles_k + tile.column_tile); };
+    const auto advance = [&] {
+        if (tile.advance())
+            source.advance();
+        else
+            begin();
+    };
+    const auto request_weights = [&](int stage) {
+        const u32 to = weights + (stage * kWarps + warp) * kTileBytes;
+#pragma unroll
+        for (int w = 0; w < kWarps; w += 4)
+            if (tile.row_tile + warp + w < row_tiles) source.request(to + w * kTileBytes, w * tiles_k);
         arrive_after_copies(barriers.filled + 8 * stage);
     };
     const bool is_first = threadIdx.x == kWarps * 32;
     // Weights do not depend on what came before in the stream.
-    for (int tile = 0; tile < min(STAGES, count); ++tile) request_weights(tile, tile);
+    Tile inputs = tile;
+    begin();
+    for (int n = 0; n < min(STAGES, count); ++n, advance()) request_weights(n);
     wait_for_inputs();
     if (is_first)
-        for (int tile = 0; tile < min(STAGES, count); ++tile) request_inputs(tile, tile);
+        for (int n = 0; n < min(STAGES, count); ++n, inputs.advance()) request_inputs(inputs, n);
     Place place;
-    for (int tile = STAGES; tile < count; ++tile) {
+    for (int n = STAGES; n < count; ++n, advance(), place.advance()) {
         wait(barriers.emptied + 8 * place.stage, place.turn);
         if (is_first) request_inputs(tile, place.stage);
         __syncwarp();
-        request_weights(tile, place.stage);
-        place.advance();
+        request_weights(place.stage);
     }
 }
 

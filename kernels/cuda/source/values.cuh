@@ -21,26 +21,29 @@ using Pair = __half2;
 constexpr u32 kExponents = 0x64646464;  // 1024 + code
 constexpr float kAbove = 1024.f;
 __device__ inline Pair twice(float value) { return __float2half2_rn(value); }
+__device__ inline Pair rounded(float first, float second) { return __floats2half2_rn(first, second); }
 #else
 using Pair = __nv_bfloat162;
 constexpr u32 kExponents = 0x43434343;  // 128 + code
 constexpr float kAbove = 128.f;
 __device__ inline Pair twice(float value) { return __float2bfloat162_rn(value); }
+__device__ inline Pair rounded(float first, float second) { return __floats2bfloat162_rn(first, second); }
 #endif
+__device__ inline u32 as_bits(Pair value) { return *reinterpret_cast<u32*>(&value); }
 __device__ inline Pair fused(Pair a, Pair b, Pair c) { return __hfma2(a, b, c); }
 
-// The first or second two of four codes, each below 128, as numbers.
-__device__ inline Pair integers(u32 codes, int half) {
+// The first or second two of four codes, each below 128, as numbers that count from `from` - kAbove.
+__device__ inline Pair counted(u32 codes, int half, Pair from) {
     u32 bits = __byte_perm(codes, kExponents, half == 0 ? 0x4140 : 0x4342);
-    return __hsub2(*reinterpret_cast<Pair*>(&bits), twice(kAbove));
+    return __hsub2(*reinterpret_cast<Pair*>(&bits), from);
 }
 
-// Where the values of 16 columns of all tokens of a pass lie, `step` of the eight of a tile.
-__device__ inline unsigned long long describe_values(u32 tile, int step) {
+// Where a tile's values of all tokens of a pass lie, and how much later those of 16 columns do, `step` of the tile's eight.
+__device__ inline unsigned long long describe_values(u32 tile) {
     constexpr unsigned long long kNextTokens = 8 * 128 / 16, kSwizzled128 = 1;
-    const u32 address = tile + step / 4 * (PASS_TILES * kTokens * 128) + step % 4 * 32;
-    return ((address & 0x3FFFF) >> 4) | 1ull << 16 | kNextTokens << 32 | kSwizzled128 << 62;
+    return ((tile & 0x3FFFF) >> 4) | 1ull << 16 | kNextTokens << 32 | kSwizzled128 << 62;
 }
+__device__ constexpr int described_step(int step) { return (step / 4 * (PASS_TILES * kTokens * 128) + step % 4 * 32) / 16; }
 
 // Until no more than the latest commit is under way.
 __device__ inline void wait_for_former_values() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
