@@ -1,5 +1,6 @@
 """How fast linear layers are on an NVIDIA GPU, on their own and beside PyTorch's."""
 
+import functools
 import math
 import platform
 import statistics
@@ -17,6 +18,10 @@ from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
 from anybit.engine.machine import describe_device, free_bytes
 from anybit.kernels import dispatch, layout
+from anybit.kernels.cuda import linear as cuda
+from anybit.kernels.cuda.activations import prepare_activations
+from anybit.kernels.cuda.fragments import FragmentWeight
+from anybit.kernels.dispatch import ServedWeight
 from anybit.kernels.duplicates import duplicates
 
 _DEVICE = torch.device("cuda")
@@ -24,18 +29,22 @@ _MAX_COPIES = 64
 _REPLAYS = 5
 _INNER_TILES = 8  # of PyTorch's 4-bit weights
 
-Product = Callable[[Tensor], Tensor]
-"""x [rows, in] times one copy of a weight."""
+Call = Callable[[], object]
+"""A product with one copy of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is timed: copies of a weight that rotate past the caches, and the bytes that one product reads of it."""
+    """What is timed: `calls` on bfloat16 x [rows, in], each with its own copy of a weight, of which it reads `num_bytes`.
 
+    There are none where x is not multiplied that way.
+    """
+
+    op: str
     bit_width: int | None
     peer: str | None
     num_bytes: int
-    products: Sequence[Product]
+    calls: Callable[[Tensor], Sequence[Call]]
 
 
 def bench_cuda_kernels(
@@ -50,13 +59,14 @@ def bench_cuda_kernels(
 ) -> dict[str, Any]:
     """The `bench kernels` report of CONTRACT for the GPU: medians over `rounds` alternating rounds.
 
-    A call is `kernels.dispatch.linear` on bfloat16 rows, in a CUDA graph of calls on copies of a weight, of which at
-    least `rotation_bytes` are read before one is read again. Rows with a `peer` are PyTorch's products of the same shape,
-    timed in the same rounds: with a bfloat16 weight, and with a 4-bit one. `floor_share` is of a plain copy's bandwidth.
+    Calls run in a CUDA graph on copies of a weight, of which at least `rotation_bytes` are read before one is read again.
+    The op `linear` is `kernels.dispatch.linear` on bfloat16 rows; `product` is the part of it that a decoder's layer is left
+    with, where the kernel before has prepared its inputs. Rows with a `peer` are PyTorch's products of the same shape, timed
+    in the same rounds: with a bfloat16 weight, and with a 4-bit one. `floor_share` is of a plain copy's bandwidth.
     """
     bandwidth = copy_bytes_per_second(_DEVICE)
     rows: list[dict[str, Any]] = []
-    done, total = 0, len(shapes) * rounds * len(batches) * (len(bit_widths) + 2)
+    done, total = 0, len(shapes) * rounds * len(batches) * 2 * (len(bit_widths) + 1)
     for shape in shapes:
         group = group_size or layout.auto_group_size(shape.in_features)
         subjects = _subjects(shape, group, bit_widths, rotation_bytes, is_fast)
@@ -66,12 +76,13 @@ def bench_cuda_kernels(
         for _ in range(rounds):
             for subject, batch, seconds in samples:
                 x = torch.randn(batch, shape.in_features, device=_DEVICE).bfloat16()
-                calls = [lambda product=product, x=x: product(x) for product in subject.products]
-                seconds.append(graph_seconds(calls, _REPLAYS))
+                if calls := subject.calls(x):
+                    seconds.append(graph_seconds(calls, _REPLAYS))
                 done += 1
                 progress(done, total)
         for subject, batch, seconds in samples:
-            rows.append(_row(shape, group, subject, batch, statistics.median(seconds), bandwidth))
+            if seconds:
+                rows.append(_row(shape, group, subject, batch, statistics.median(seconds), bandwidth))
     return {
         "device": describe_device(_DEVICE),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
@@ -92,23 +103,38 @@ def _subjects(
     count = _num_copies(rotation_bytes, min(num_bytes.values()), dense_bytes)
     copies = duplicates(served, count)
 
-    def nested(width: int) -> list[Product]:
-        return [
-            lambda x, copy=copy: dispatch.linear(x, copy, ((width, 0, len(x)),), is_fast=is_fast)  # type: ignore[misc]
-            for copy in copies
-        ]
-
-    subjects = [Subject(width, None, num_bytes[width], nested(width)) for width in bit_widths]
+    subjects: list[Subject] = []
+    for width in bit_widths:
+        options = (width, None, num_bytes[width])
+        subjects.append(Subject("linear", *options, functools.partial(_nested_linears, copies, width, is_fast)))
+        subjects.append(Subject("product", *options, functools.partial(_nested_products, copies, width, is_fast)))
     return [*subjects, _cublas(shape, dense_bytes, count), _int4pack(shape, group_size, rotation_bytes)]
+
+
+def _nested_linears(copies: Sequence[ServedWeight], width: int, is_fast: bool, x: Tensor) -> list[Call]:
+    segments = ((width, 0, len(x)),)
+    return [functools.partial(dispatch.linear, x, copy, segments, is_fast=is_fast) for copy in copies]
+
+
+def _nested_products(copies: Sequence[ServedWeight], width: int, is_fast: bool, x: Tensor) -> list[Call]:
+    """None where the whole weight is dequantized, or the GPU's own kernels can't be built."""
+    packed = [copy for copy in copies if isinstance(copy, FragmentWeight)]
+    form = (cuda.fast_form if is_fast else cuda.exact_form)(len(x), packed[0]) if packed else None
+    if form is None:
+        return []
+    prepared = prepare_activations(x, form)
+    y = torch.empty(len(x), packed[0].out_features, dtype=x.dtype, device=x.device)
+    return [functools.partial(cuda.multiply, prepared, copy, width, None, y) for copy in packed]
 
 
 def _cublas(shape: Shape, num_bytes: int, count: int) -> Subject:
     weights = [torch.randn(shape.out_features, shape.in_features, device=_DEVICE).bfloat16() for _ in range(count)]
     return Subject(
+        "linear",
         None,
         "cublas-bf16",
         num_bytes,
-        [lambda x, weight=weight: F.linear(x, weight) for weight in weights],  # type: ignore[misc]
+        lambda x: [functools.partial(F.linear, x, weight) for weight in weights],
     )
 
 
@@ -120,14 +146,13 @@ def _int4pack(shape: Shape, group_size: int, rotation_bytes: int) -> Subject:
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, _INNER_TILES)
     parts = torch.rand(columns // group_size, rows, 2, device=_DEVICE).bfloat16()
     copies = [(packed.clone(), parts.clone()) for _ in range(min(_MAX_COPIES, rotation_bytes // num_bytes + 1))]
+    multiply = torch.ops.aten._weight_int4pack_mm
     return Subject(
+        "linear",
         4,
         "torch-int4pack",
         num_bytes,
-        [
-            lambda x, copy=copy: torch.ops.aten._weight_int4pack_mm(x, copy[0], group_size, copy[1])  # type: ignore[misc]
-            for copy in copies
-        ],
+        lambda x: [functools.partial(multiply, x, codes, group_size, parts) for codes, parts in copies],
     )
 
 
@@ -140,7 +165,7 @@ def _row(
     shape: Shape, group_size: int, subject: Subject, batch: int, seconds: float, bandwidth: float
 ) -> dict[str, Any]:
     return {
-        "op": "linear",
+        "op": subject.op,
         "out": shape.out_features,
         "in": shape.in_features,
         "m": batch,

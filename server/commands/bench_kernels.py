@@ -82,10 +82,11 @@ def _parse_shapes(text: str, group_size: int | None) -> tuple[Shape, ...]:
 def _table(report: dict[str, Any]) -> Table:
     kind = "read" if "read_gb_per_second" in report else "copy"
     title = f"Linear layers on {report['device']}, {kind} bandwidth {report[f'{kind}_gb_per_second']:.1f} GB/s"
-    table = Table("bits", "out", "in", "rows", "microseconds", "GB/s", f"share of {kind} bandwidth", title=title)
+    table = Table("bits", "op", "out", "in", "rows", "microseconds", "GB/s", f"share of {kind} bandwidth", title=title)
     for row in report["rows"]:
         table.add_row(
             row["peer"] or str(row["bit_width"]),
+            row["op"],
             str(row["out"]),
             str(row["in"]),
             str(row["m"]),

@@ -8,6 +8,8 @@ import typer
 from anybit.engine.config import BIT_WIDTHS
 from anybit.engine.quantize.options import METHODS
 
+_MAX_BATCH = 4096  # rows, as many as a prompt's chunk can have
+
 
 def parse_bit_widths(text: str) -> tuple[int, ...]:
     """ "2,3,4" or "all" -> ascending widths; wrong usage names the widths there are."""
@@ -28,8 +30,8 @@ def parse_batches(text: str) -> list[int]:
         batches = [int(part) for part in text.split(",")]
     except ValueError:
         batches = []
-    if not batches or not all(1 <= size <= 256 for size in batches):
-        raise typer.BadParameter(f"{text!r} is not a list of numbers from 1 to 256.")
+    if not batches or not all(1 <= size <= _MAX_BATCH for size in batches):
+        raise typer.BadParameter(f"{text!r} is not a list of numbers from 1 to {_MAX_BATCH}.")
     return batches
 
 
