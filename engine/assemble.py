@@ -10,10 +10,10 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.decode_graphs import DecodeGraphs
-from anybit.engine.errors import AnyBitError
+from anybit.engine.key_balance import key_weights
+from anybit.engine.kv_cache import build_cache
 from anybit.engine.machine import (
     describe_device,
-    free_bytes,
     keep_freed_memory,
     physical_cores,
     resolve_device,
@@ -23,7 +23,7 @@ from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import read_config
 from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
-from anybit.engine.types import ModelInfo
+from anybit.engine.types import KVFormatInfo, ModelInfo
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.engine.weights.accounting import (
     bytes_read,
@@ -36,13 +36,8 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
 from anybit.engine.weights.manifest import Manifest, manifest_sha256, verify_files
 from anybit.engine.weights.selfcheck import check_loaded
-from anybit.kvcache.pool import KVPool
-from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
 logger = logging.getLogger("anybit.engine")
-
-# A GPU serves nothing else; what stays free there is for activations. A machine's memory has other users.
-_KV_SHARE_OF_FREE = {"cpu": 0.25, "cuda": 0.85}
 
 
 def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
@@ -67,9 +62,13 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     is_fast = config.reproducible is False
     decoder = build_decoder(model_config, loader, max_model_len, dtype, device, is_fast)
     logger.info("Self-check: %s.", check_loaded(reader, loader.loaded, device))
-    spec = KVSpec(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, config.kv_format)
-    num_pages = _num_pages(config, spec, max_model_len, device)
-    pool = KVPool(spec, num_pages, device)
+    books, pool = build_cache(
+        config,
+        model_config,
+        max_model_len,
+        device,
+        lambda: key_weights(directory, decoder, config.default_bit_width, max_model_len),
+    )
     reproducible = device.type == "cpu" or (DecodeGraphs.can_serve(decoder, pool) and not is_fast)
     if config.reproducible and not reproducible:
         raise ConfigError(
@@ -79,12 +78,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     prefix_identity = checkpoint_hash if config.prefix_cache else None
     core = EngineCore(
         Runner(decoder, pool),
-        Scheduler(
-            spec,
-            num_pages,
-            SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), prefix_identity),
-        ),
-        spec.page_bytes,
+        Scheduler(books, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), prefix_identity)),
         max_model_len,
         WeightTraffic(
             {width: bytes_read(linear_entries(manifest), width) for width in bit_widths},
@@ -106,23 +100,24 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         vocab_size=model_config.vocab_size,
         eos_token_ids=_eos_token_ids(directory),
         weights_bytes=dict(loader.resident_bytes),
-        kv_format=config.kv_format,
-        kv_bytes_per_token=spec.bytes_per_token,
-        kv_capacity_tokens=num_pages * PAGE_SIZE,
+        kv_formats=[
+            KVFormatInfo(name, pages.spec.bytes_per_token, pages.capacity_tokens)
+            for name, pages in books.formats.items()
+        ],
         device=describe_device(device),
         compute_dtype=str(dtype).removeprefix("torch."),
         reproducible=reproducible,
         load_seconds=time.monotonic() - started,
     )
     logger.info(
-        "Loaded %s in %.1f s: %.0f MiB of weights for widths %s, KV cache for %d tokens (%s, %d bytes a token).",
+        "Loaded %s in %.1f s: %.0f MiB of weights for widths %s, KV cache for %s.",
         info.name,
         info.load_seconds,
         sum(info.weights_bytes.values()) / 2**20,
         ", ".join(map(str, bit_widths)),
-        info.kv_capacity_tokens,
-        spec.format,
-        spec.bytes_per_token,
+        " and ".join(
+            f"{kv.capacity_tokens} tokens ({kv.name}, {kv.bytes_per_token:.0f} bytes a token)" for kv in info.kv_formats
+        ),
     )
     return core, info
 
@@ -142,19 +137,6 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def _num_pages(config: EngineConfig, spec: KVSpec, max_model_len: int, device: torch.device) -> int:
-    """Pages that fit the budget, no more than all sequences at full length could fill; at least one full sequence."""
-    budget = config.kv_cache_bytes or int(free_bytes(device) * _KV_SHARE_OF_FREE[device.type])
-    one_sequence = spec.pages_for(max_model_len)
-    pages = min(budget // spec.page_bytes, config.max_num_seqs * one_sequence)
-    if pages < one_sequence and not config.kv_cache_bytes:
-        raise AnyBitError(
-            f"A context of {max_model_len} tokens needs {one_sequence * spec.page_bytes >> 20} MiB of KV cache, but only "
-            f"{budget >> 20} MiB are free for it; lower --max-model-len."
-        )
-    return max(1, pages)
 
 
 def _eos_token_ids(directory: Path) -> list[int]:

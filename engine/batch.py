@@ -11,35 +11,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from anybit.engine.chunk import Chunk, PlacedChunk, attended_together, by_width
+from anybit.engine.sealed_batch import SealedRows, sealed_rows
 from anybit.engine.sequence import Sequence
 from anybit.kernels.widths import TileWidths, WidthSegment
+from anybit.kvcache.formats import EXACT_FORMATS, is_exact
 from anybit.kvcache.spec import PAGE_SIZE
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `num_tokens` pending tokens of a sequence."""
-
-    sequence: Sequence
-    num_tokens: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the sequence's newest token is among them, so that the next one can be sampled."""
-        return self.num_tokens == self.sequence.num_pending
-
-
-def by_width(chunks: ReadOnly[Chunk]) -> dict[int, list[Chunk]]:
-    """Chunks by the bit-width that their rows are computed at, narrow ones first, each in the order given.
-
-    Who asked for at least some width is lifted to the widest that a chunk of the step needs.
-    """
-    widest = max((chunk.sequence.bit_width for chunk in chunks), default=0)
-    found: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        precision = chunk.sequence.request.precision
-        found.setdefault(widest if precision.at_least else precision.bit_width, []).append(chunk)
-    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +41,7 @@ class ScoredRows:
 class BatchPlan:
     """Inputs of one forward pass. `sampled` lists the sequences of `sampled_rows`, in order.
 
+    Rows of exact formats are in `attention_groups`, others in `sealed`: these are written to exact pages as well, their own.
     With `tile_widths` rows are at the widths that these name, four by four, and `segments` says nothing.
     """
 
@@ -76,6 +54,7 @@ class BatchPlan:
     sampled_rows: Tensor  # int64 [sampled]
     sampled: tuple[Sequence, ...]
     scored: tuple[ScoredRows, ...]
+    sealed: tuple[SealedRows, ...] = ()
     tile_widths: TileWidths | None = None
 
 
@@ -94,7 +73,8 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
         token_ids += sequence.token_ids[start : start + chunk.num_tokens]
         new_positions = range(start, start + chunk.num_tokens)
         positions += new_positions
-        page_ids += [sequence.pages[position // PAGE_SIZE] for position in new_positions]
+        own_pages, first_page = _written_pages(sequence)
+        page_ids += [own_pages[position // PAGE_SIZE - first_page] for position in new_positions]
     segments: list[WidthSegment] = []
     stop = 0
     for width, members in widths.items():
@@ -106,7 +86,9 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
         for row, chunk in zip(first_rows, ordered, strict=True)
         if chunk.completes
     ]
-    groups = _attention_groups(ordered, first_rows)
+    placed = list(zip(ordered, first_rows, strict=True))
+    groups = _attention_groups([place for place in placed if is_exact(place[0].sequence.kv_format)])
+    sealed_formats = sorted({chunk.sequence.kv_format for chunk in ordered} - EXACT_FORMATS.keys())
     tensors = _tensors(
         [
             token_ids,
@@ -135,7 +117,18 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
             for row, chunk in zip(first_rows, ordered, strict=True)
             if chunk.sequence.wants_prompt_logprobs and (scored := _scored_rows(chunk, row, device)) is not None
         ),
+        sealed=tuple(
+            sealed_rows(name, [place for place in placed if place[0].sequence.kv_format == name], device)
+            for name in sealed_formats
+        ),
     )
+
+
+def _written_pages(sequence: Sequence) -> tuple[list[int], int]:
+    """Exact pages that a sequence's new tokens are written to, and the number of the first of them."""
+    if is_exact(sequence.kv_format):
+        return sequence.pages, 0
+    return sequence.own_slots, sequence.num_computed // PAGE_SIZE
 
 
 def _tensors(lists: ReadOnly[list[int]], device: torch.device | str) -> tuple[Tensor, ...]:
@@ -165,19 +158,11 @@ class _GroupLists:
     positions: list[int]
 
 
-def _attention_groups(chunks: ReadOnly[Chunk], first_rows: ReadOnly[int]) -> list[_GroupLists]:
-    by_length: dict[int, list[tuple[Chunk, int]]] = {}
-    for chunk, row in zip(chunks, first_rows, strict=True):
-        by_length.setdefault(chunk.num_tokens, []).append((chunk, row))
-    groups = []
-    for num_tokens, members in by_length.items():
-        # Several long prompts side by side would pad each other's history: only single tokens share a group.
-        for part in [members] if num_tokens == 1 else [[member] for member in members]:
-            groups.append(_attention_group(part, num_tokens))
-    return groups
+def _attention_groups(placed: ReadOnly[PlacedChunk]) -> list[_GroupLists]:
+    return [_attention_group(part, num_tokens) for num_tokens, part in attended_together(placed)]
 
 
-def _attention_group(members: ReadOnly[tuple[Chunk, int]], num_tokens: int) -> _GroupLists:
+def _attention_group(members: ReadOnly[PlacedChunk], num_tokens: int) -> _GroupLists:
     row_ids: list[int] = []
     positions: list[int] = []
     tables: list[list[int]] = []

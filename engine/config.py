@@ -7,7 +7,12 @@ from anybit.engine.errors import AnyBitError
 _STEP_TOKENS = {"cpu": 256, "cuda": 512}
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
-KV_FORMATS = ("bf16", "float32")
+EXACT_KV_FORMATS = frozenset(("bf16", "float32"))
+KV_FORMATS = (
+    *("bf16", "float32"),
+    *("qet4", "qet3", "qet2", "qet2+2", "qet2+2@2"),
+    *("uniform8", "uniform4", "uniform3", "uniform2"),
+)
 BIT_WIDTHS = (2, 3, 4, 6, 8)
 DEFAULT_METHOD = "best"
 """How a model is quantized when nobody says how."""
@@ -19,13 +24,26 @@ class ConfigError(AnyBitError):
     """A setting is out of range or two settings contradict each other."""
 
 
+def check_kv_format(name: str) -> None:
+    """ConfigError unless `name` is one of KV_FORMATS, or two that go together ("qet4/qet3": keys, then values)."""
+    parts = name.split("/", 1)
+    for part in parts:
+        if part not in KV_FORMATS:
+            raise ConfigError(f"The KV format {part!r} is not one of {', '.join(KV_FORMATS)}.")
+    if len(parts) > 1 and parts[0] != parts[1] and not EXACT_KV_FORMATS.isdisjoint(parts):
+        raise ConfigError(
+            f"The KV format {name} mixes an exact format with another; exact ones are for keys and values."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Settings of one engine process.
 
     `bit_widths` empty means every width of the checkpoint. `max_model_len` 0 means what the model was trained for.
-    `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free memory (on a GPU
-    most of it). `prefix_cache` keeps the pages of ended sequences for later ones with the same beginning.
+    `kv_format` is that of requests that name none: one of KV_FORMATS, or two ("qet4/qet3": keys, then values); `kv_formats`
+    are others on offer. `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free
+    memory (on a GPU most of it). `prefix_cache` keeps the pages of ended sequences for later ones with the same beginning.
     `threads` 0 means the physical cores. `max_step_tokens` bounds how many tokens one step computes, so that a long
     prompt delays running sequences by no more than that; 0 means what suits the device. `reproducible` asks for
     results that do not depend on the batch (None: wherever that is possible).
@@ -37,6 +55,7 @@ class EngineConfig:
     default_bit_width: int = 4
     lm_head_bits: int = 8
     kv_format: str = "bf16"
+    kv_formats: tuple[str, ...] = ()
     compute_dtype: str = "auto"
     device: str = "auto"
     threads: int = 0
@@ -46,6 +65,11 @@ class EngineConfig:
     kv_cache_bytes: int = 0
     prefix_cache: bool = True
     reproducible: bool | None = None
+
+    @property
+    def served_kv_formats(self) -> tuple[str, ...]:
+        """The default one first."""
+        return tuple(dict.fromkeys((self.kv_format, *self.kv_formats)))
 
     def step_tokens(self, device_type: str) -> int:
         """Most tokens of one step on a device ("cpu", "cuda")."""
@@ -61,9 +85,10 @@ class EngineConfig:
             raise ConfigError(
                 f"The default bit-width {self.default_bit_width} is not among the served widths {widths}."
             )
+        for served in self.served_kv_formats:
+            check_kv_format(served)
         for name, value, choices in (
             ("device", self.device, DEVICES),
-            ("KV format", self.kv_format, KV_FORMATS),
             ("compute dtype", self.compute_dtype, COMPUTE_DTYPES),
         ):
             if value not in choices:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence as ReadOnly
 
-from anybit.engine.batch import Chunk
+from anybit.engine.chunk import Chunk
 from anybit.engine.errors import CapacityError
 from anybit.engine.runner import LaunchedStep, Runner, SampledToken, StepOutput
 from anybit.engine.scheduler import Scheduler
@@ -21,12 +21,9 @@ _MAX_STEP_RECORDS = 4096
 class EngineCore:
     """One model, its cache and its requests."""
 
-    def __init__(
-        self, runner: Runner, scheduler: Scheduler, page_bytes: int, max_model_len: int, traffic: WeightTraffic
-    ) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, max_model_len: int, traffic: WeightTraffic) -> None:
         self._runner = runner
         self._scheduler = scheduler
-        self._page_bytes = page_bytes
         self._max_model_len = max_model_len
         self._traffic = traffic
         self._steps = 0
@@ -117,15 +114,15 @@ class EngineCore:
     def take_stats(self, resident_bytes: int = 0) -> EngineStats:
         """A snapshot; the step records start anew."""
         step_tokens, self._step_tokens = self._step_tokens, []
-        allocator, counters = self._scheduler.allocator, self._scheduler.counters
+        books, counters = self._scheduler.books, self._scheduler.counters
         return EngineStats(
             running=self._scheduler.running_by_width(),
             waiting=self._scheduler.waiting_by_width(),
-            kv_pages_total=allocator.num_pages,
-            kv_pages_used=allocator.num_used,
-            kv_bytes_total=allocator.num_pages * self._page_bytes,
-            kv_bytes_used=allocator.num_used * self._page_bytes,
-            kv_bytes_cached=allocator.num_cached * self._page_bytes,
+            kv_pages_total=books.pages_total,
+            kv_pages_used=books.pages_used,
+            kv_bytes_total=books.bytes_total(),
+            kv_bytes_used=books.bytes_used(),
+            kv_bytes_cached=books.bytes_cached(),
             prefix_queried_tokens=counters.prefix_queried_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
             preemptions=counters.preemptions,

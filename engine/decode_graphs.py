@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybit.engine.batch import AttentionGroup, BatchPlan, Chunk, by_width
+from anybit.engine.batch import AttentionGroup, BatchPlan
+from anybit.engine.chunk import Chunk, by_width
 from anybit.engine.models.cuda_layers import CudaLayers
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.sampling import NOT_DRAWN, NUM_SETTINGS, FoundTokens, draw_settings, next_tokens
@@ -103,7 +104,7 @@ class DecodeGraphs:
     @staticmethod
     def can_serve(decoder: Decoder, pool: KVPool) -> bool:
         """Whether all layers, over these pages, are kernels that can be captured and that fix the order of sums."""
-        return isinstance(decoder.native, CudaLayers) and decoder.native.can_attend(pool)
+        return isinstance(decoder.native, CudaLayers) and not pool.sealed and decoder.native.can_attend(pool)
 
     def covers(self, chunks: ReadOnly[Chunk]) -> bool:
         """Whether these chunks are a decode step: the newest token of each sequence, and no token of a prompt to score."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anybit.engine.batch import BatchPlan, Chunk, plan_batch
+from anybit.engine.batch import BatchPlan, plan_batch
+from anybit.engine.chunk import Chunk
 from anybit.engine.decode_graphs import DecodeGraphs, LaunchedDecode
 from anybit.engine.logprobs import score_rows, token_logprobs
 from anybit.engine.models.decoder import Decoder

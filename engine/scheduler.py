@@ -3,7 +3,8 @@
 Decoding sequences go first in every step; what is left of the step's token budget goes to prompts, in order of arrival.
 A sequence gets pages for the tokens it has when it is admitted and one more whenever it grows into it. When there is
 none left, the youngest sequence is preempted: it gives up its pages and is computed again later, with the same tokens.
-The oldest sequence is never preempted for another and fits the whole cache, so something always gets done.
+The oldest sequence is never preempted for another and fits the whole cache, so something always gets done. Formats of keys
+and values have pages of their own, and sequences of one never wait for pages of another.
 """
 
 from bisect import insort
@@ -13,13 +14,12 @@ from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 from itertools import count
 
-from anybit.engine.batch import Chunk
+from anybit.engine.chunk import Chunk
 from anybit.engine.errors import CapacityError
 from anybit.engine.sequence import Sequence
-from anybit.kvcache.allocator import PageAllocator
-from anybit.kvcache.check import check_integrity
+from anybit.kvcache.books import FormatPages, PageBooks
 from anybit.kvcache.prefix import PageKeys, root_key
-from anybit.kvcache.spec import PAGE_SIZE, KVSpec
+from anybit.kvcache.spec import PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,9 @@ class SchedulerCounters:
 class Scheduler:
     """Owns the waiting and the running sequences, both in order of arrival, and their pages."""
 
-    def __init__(self, spec: KVSpec, num_pages: int, config: SchedulerConfig) -> None:
-        self._spec = spec
+    def __init__(self, books: PageBooks, config: SchedulerConfig) -> None:
+        self.books = books
         self._config = config
-        self.allocator = PageAllocator(num_pages)
-        self._index = self.allocator.index
         self.counters = SchedulerCounters()
         self._arrivals = count()
         self._waiting: list[Sequence] = []
@@ -76,23 +74,26 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; CapacityError if it could not run even alone."""
-        needed = self._spec.pages_for(sequence.max_tokens_cached)
-        if needed > self.allocator.num_pages:
+        request = sequence.request
+        sequence.kv_format = request.kv_format or self.books.default
+        if sequence.kv_format not in self.books.formats:
+            raise CapacityError(f"KV format {sequence.kv_format} is not served.")
+        pages = self._pages_of(sequence)
+        needed = pages.spec.pages_for(sequence.max_tokens_cached)
+        if needed > pages.allocator.num_pages:
             raise CapacityError(
-                f"The request needs {needed} pages of KV cache but the server has {self.allocator.num_pages}; "
+                f"The request needs {needed} pages of KV cache but the server has {pages.allocator.num_pages}; "
                 "ask for fewer tokens."
             )
-        request = sequence.request
         # What a lifted row leaves in its pages depends on who was beside it: nobody shares such pages.
         if self._config.checkpoint_hash is not None and not request.precision.at_least:
-            sequence.page_keys = PageKeys(
-                root_key(
-                    self._config.checkpoint_hash,
-                    request.precision.content_hash,
-                    self._spec.format,
-                    request.cache_salt,
-                )
+            root = root_key(
+                self._config.checkpoint_hash,
+                request.precision.content_hash,
+                sequence.kv_format,
+                request.cache_salt,
             )
+            sequence.page_keys = PageKeys(root, has_first=not pages.spec.is_exact)
         sequence.arrival_number = next(self._arrivals)
         self._waiting.append(sequence)
 
@@ -113,7 +114,10 @@ class Scheduler:
                 chunk = Chunk(sequence, min(sequence.num_pending, budget))
                 chunks.append(chunk)
                 budget -= chunk.num_tokens
-        return chunks[: self._config.max_step_tokens]
+        chunks = chunks[: self._config.max_step_tokens]
+        for chunk in chunks:
+            self._assign_slots(chunk)
+        return chunks
 
     def extend_ahead(self, chunks: ReadOnly[Chunk]) -> bool:
         """Give each sequence of a decode step that is still under way room for one more token, before that step is recorded.
@@ -126,12 +130,22 @@ class Scheduler:
             return False
         if any(not chunk.completes or chunk.sequence.is_near_limit for chunk in chunks):
             return False
-        wanted = [self._spec.pages_for(len(sequence.token_ids) + 1) - len(sequence.pages) for sequence in sequences]
-        pages = self.allocator.allocate(sum(wanted))
-        if pages is None:
+        if any(not self._pages_of(sequence).spec.is_exact for sequence in sequences):
             return False
-        for sequence, num_pages in zip(sequences, wanted, strict=True):
-            sequence.pages += [pages.pop() for _ in range(num_pages)]
+        wanted = {
+            sequence: self._pages_of(sequence).spec.pages_for(len(sequence.token_ids) + 1) - len(sequence.pages)
+            for sequence in sequences
+        }
+        given: dict[Sequence, list[int]] = {}
+        for sequence, num_pages in wanted.items():
+            found = self._pages_of(sequence).allocator.allocate(num_pages)
+            if found is None:
+                for owner, taken in given.items():
+                    self._pages_of(owner).allocator.release(taken)
+                return False
+            given[sequence] = found
+        for sequence, found in given.items():
+            sequence.pages += found
         return True
 
     def record(self, chunks: list[Chunk]) -> None:
@@ -139,11 +153,16 @@ class Scheduler:
         for chunk in chunks:
             sequence = chunk.sequence
             before, sequence.num_computed = sequence.num_computed, sequence.num_computed + chunk.num_tokens
-            full = sequence.num_computed // PAGE_SIZE
-            if sequence.page_keys is not None and full > before // PAGE_SIZE:
-                keys = sequence.page_keys.first(full, sequence.token_ids)
-                for page in range(before // PAGE_SIZE, full):
-                    self._index.insert(keys[page], sequence.pages[page])
+            pages = self._pages_of(sequence)
+            num_full = sequence.num_computed // PAGE_SIZE - before // PAGE_SIZE
+            if num_full == 0:
+                continue
+            if sequence.page_keys is not None:
+                keys = sequence.page_keys.first(sequence.num_computed // PAGE_SIZE, sequence.token_ids)
+                for page in range(pages.spec.pages_for(before // PAGE_SIZE * PAGE_SIZE), len(keys)):
+                    pages.allocator.index.insert(keys[page], sequence.pages[page])
+            self.books.slots.release(sequence.own_slots[:num_full])
+            del sequence.own_slots[:num_full]
 
     def remove(self, sequence: Sequence, *, keep_pages: bool = True) -> None:
         """Forget a sequence that ended and give its pages back; unless `keep_pages`, nobody will find their content."""
@@ -151,25 +170,40 @@ class Scheduler:
             self._running.remove(sequence)
             if not keep_pages:
                 for page_id in sequence.pages:
-                    self._index.discard(page_id)
+                    self._pages_of(sequence).allocator.index.discard(page_id)
             self._give_up_pages(sequence)
         else:
             self._waiting.remove(sequence)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pages, index and running sequences agree."""
-        check_integrity(self.allocator, (sequence.pages for sequence in self._running))
+        tables: dict[str, list[list[int]]] = {}
+        for sequence in self._running:
+            tables.setdefault(sequence.kv_format, []).append(sequence.pages)
+        self.books.check(tables, (sequence.own_slots for sequence in self._running))
+
+    def _pages_of(self, sequence: Sequence) -> FormatPages:
+        return self.books.formats[sequence.kv_format]
+
+    def _assign_slots(self, chunk: Chunk) -> None:
+        """Give a sequence of a sealed format the exact pages that a chunk's tokens lie in."""
+        sequence = chunk.sequence
+        if not self._pages_of(sequence).spec.is_exact:
+            first, last = sequence.num_computed, sequence.num_computed + chunk.num_tokens - 1
+            wanted = last // PAGE_SIZE - first // PAGE_SIZE + 1
+            sequence.own_slots += self.books.slots.allocate(wanted - len(sequence.own_slots))
 
     def _extend_running(self) -> bool:
         """Give every running sequence pages for all its tokens; whether others had to be preempted for that."""
         preempted = False
         for sequence in list(self._running):
+            pages = self._pages_of(sequence)
             while sequence in self._running:
-                pages = self.allocator.allocate(self._spec.pages_for(len(sequence.token_ids)) - len(sequence.pages))
-                if pages is not None:
-                    sequence.pages += pages
+                found = pages.allocator.allocate(pages.spec.pages_for(len(sequence.token_ids)) - len(sequence.pages))
+                if found is not None:
+                    sequence.pages += found
                     break
-                self._preempt(self._running[-1])
+                self._preempt(next(s for s in reversed(self._running) if s.kv_format == sequence.kv_format))
                 preempted = True
         return preempted
 
@@ -181,23 +215,29 @@ class Scheduler:
         self.counters.preemptions += 1
 
     def _give_up_pages(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.pages)
-        sequence.pages = []
+        self._pages_of(sequence).allocator.release(sequence.pages)
+        self.books.slots.release(sequence.own_slots)
+        sequence.pages, sequence.own_slots = [], []
 
     def _admit(self, now: float) -> None:
         """Move sequences from waiting to running, in order of arrival: a small one never overtakes a large one for good.
 
-        One whose next page is just being computed by another waits for it, which lets younger ones pass meanwhile.
+        One whose next page is just being computed by another waits for it, which lets younger ones pass meanwhile; one for
+        whom there are no pages holds up those of its own format alone.
         """
+        short_of_pages: set[str] = set()
         for sequence in list(self._waiting):
             if len(self._running) >= self._config.max_num_seqs:
                 return
+            if sequence.kv_format in short_of_pages:
+                continue
             keys = self._shareable_keys(sequence)
-            shared = self._index.find(keys)
+            shared = self._pages_of(sequence).allocator.index.find(keys)
             if len(shared) < len(keys) and keys[len(shared)] in self._keys_in_progress():
                 continue
             if not self._assign_pages(sequence, shared):
-                return
+                short_of_pages.add(sequence.kv_format)
+                continue
             if sequence.scheduled_at is None:
                 sequence.scheduled_at = now
                 sequence.num_cached_tokens = sequence.num_computed
@@ -208,19 +248,26 @@ class Scheduler:
 
     def _assign_pages(self, sequence: Sequence, shared: list[int]) -> bool:
         """Give a sequence the shared pages and new ones for the rest of its tokens; False if there are too few."""
-        self.allocator.share(shared)  # first, so that they are not taken for something else
-        needed = self._spec.pages_for(len(sequence.token_ids)) - len(shared)
+        pages = self._pages_of(sequence)
+        num_shared = self._whole_pages(sequence, shared)
+        shared = shared[: pages.spec.pages_for(num_shared * PAGE_SIZE)]
+        pages.allocator.share(shared)  # first, so that they are not taken for something else
+        needed = pages.spec.pages_for(len(sequence.token_ids)) - len(shared)
         # Every running sequence may grow by a page soon: without this headroom it would preempt the one just admitted.
-        if needed + len(self._running) > self.allocator.num_available and self._running:
-            pages = None
-        else:
-            pages = self.allocator.allocate(needed)
-        if pages is None:
-            self.allocator.release(shared)
+        growing = sum(other.kv_format == sequence.kv_format for other in self._running)
+        found = (
+            None if growing and needed + growing > pages.allocator.num_available else pages.allocator.allocate(needed)
+        )
+        if found is None:
+            pages.allocator.release(shared)
             return False
-        sequence.pages = shared + pages
-        sequence.num_computed = len(shared) * PAGE_SIZE
+        sequence.pages = shared + found
+        sequence.num_computed = num_shared * PAGE_SIZE
         return True
+
+    def _whole_pages(self, sequence: Sequence, shared: list[int]) -> int:
+        """Pages of tokens among shared ones, of which a sealed format's first holds none that others do not."""
+        return len(shared) if self._pages_of(sequence).spec.is_exact else max(len(shared) - 1, 0)
 
     def _shareable_keys(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages a sequence need not compute itself: at least its newest token must run through the model."""
@@ -229,14 +276,14 @@ class Scheduler:
         return sequence.page_keys.first((len(sequence.token_ids) - 1) // PAGE_SIZE, sequence.token_ids)
 
     def _keys_in_progress(self) -> set[bytes]:
-        return {key for sequence in self._running for key in _keys_to_come(sequence)}
+        return {key for sequence in self._running for key in self._keys_to_come(sequence)}
 
-
-def _keys_to_come(sequence: Sequence) -> Iterator[bytes]:
-    """Keys of the full pages that a prefill in progress has still to compute."""
-    if sequence.page_keys is not None and sequence.num_pending > 1:
-        full = len(sequence.token_ids) // PAGE_SIZE
-        yield from sequence.page_keys.first(full, sequence.token_ids)[sequence.num_computed // PAGE_SIZE :]
+    def _keys_to_come(self, sequence: Sequence) -> Iterator[bytes]:
+        """Keys of the full pages that a prefill in progress has still to compute."""
+        if sequence.page_keys is not None and sequence.num_pending > 1:
+            keys = sequence.page_keys.first(len(sequence.token_ids) // PAGE_SIZE, sequence.token_ids)
+            num_full = sequence.num_computed // PAGE_SIZE * PAGE_SIZE
+            yield from keys[self._pages_of(sequence).spec.pages_for(num_full) :]
 
 
 def _by_arrival(sequence: Sequence) -> int:

@@ -11,7 +11,9 @@ class Sequence:
     """Tokens, pages and progress of one request.
 
     `num_computed` tokens have their keys and values in `pages`; the sequence is in prefill until only its newest token
-    is missing there. A preempted sequence has no pages and computes all its tokens again. `num_scored` of the prompt's
+    is missing there. A preempted sequence has no pages and computes all its tokens again. Of a sealed format, the first of
+    `pages` keeps the first tokens exactly, and `own_slots` are the exact pages that it writes in, from the page of token
+    `num_computed` on. `num_scored` of the prompt's
     tokens after the first have their log probabilities reported. `draws_from_all`: a draw of it took a sort of all
     logits, so others may. Times are seconds of one monotonic clock.
     """
@@ -19,7 +21,9 @@ class Sequence:
     request: GenerationRequest
     arrived_at: float
     token_ids: list[int] = field(init=False)
+    kv_format: str = "bf16"
     pages: list[int] = field(default_factory=list)
+    own_slots: list[int] = field(default_factory=list)
     page_keys: PageKeys | None = None  # None: neither uses nor feeds the prefix cache
     arrival_number: int = 0
     num_computed: int = 0

@@ -41,7 +41,7 @@ class SamplingParams:
 class GenerationRequest:
     """One sequence to complete: `len(prompt_token_ids) >= 1` and prompt + max_tokens fit `max_model_len`.
 
-    Only requests with the same `cache_salt` share the KV pages of equal prompts.
+    Only requests with the same `cache_salt` share the KV pages of equal prompts. `kv_format` None is the server's default.
     """
 
     request_id: str
@@ -49,6 +49,7 @@ class GenerationRequest:
     sampling: SamplingParams
     precision: Precision
     cache_salt: str = ""
+    kv_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,15 @@ class WidthInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class KVFormatInfo:
+    """What keys and values cost in one format."""
+
+    name: str
+    bytes_per_token: float
+    capacity_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the engine serves; constant from the moment it is ready."""
 
@@ -110,9 +120,7 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: list[int]
     weights_bytes: dict[str, int]  # kind ("linear", "embedding", "norm") -> resident bytes
-    kv_format: str
-    kv_bytes_per_token: int
-    kv_capacity_tokens: int
+    kv_formats: list[KVFormatInfo]  # that of requests which name none first
     device: str
     compute_dtype: str
     reproducible: bool
@@ -121,6 +129,10 @@ class ModelInfo:
     @property
     def bit_widths(self) -> list[int]:
         return [width.bit_width for width in self.widths]
+
+    @property
+    def kv_format(self) -> str:
+        return self.kv_formats[0].name
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +143,9 @@ class EngineStats:
     waiting: dict[int, int] = field(default_factory=dict)  # bit-width -> sequences not yet scheduled
     kv_pages_total: int = 0
     kv_pages_used: int = 0
-    kv_bytes_total: int = 0
-    kv_bytes_used: int = 0
-    kv_bytes_cached: int = 0  # of ended sequences, kept for the next one with the same beginning
+    kv_bytes_total: dict[str, int] = field(default_factory=dict)  # KV format -> bytes of all its pages
+    kv_bytes_used: dict[str, int] = field(default_factory=dict)
+    kv_bytes_cached: dict[str, int] = field(default_factory=dict)  # of ended sequences, for those that begin alike
     prefix_queried_tokens: int = 0  # prompt tokens looked up in the prefix cache since start
     prefix_hit_tokens: int = 0  # those found there
     preemptions: int = 0  # sequences that lost their pages to older ones and were computed again

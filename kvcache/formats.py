@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from anybit.kernels.page_layout import PAGE_TOKENS as PAGE_SIZE
 from anybit.kvcache.codec.pages import CoarseCodec, PageCodec, PairCodec, UniformCodec
 from anybit.kvcache.codec.universal import tree_table, universal_table
-from anybit.kvcache.spec import PAGE_SIZE
 
 EXACT_FORMATS = {"bf16": torch.bfloat16, "float32": torch.float32}
 SEALED_FORMATS = (
@@ -43,6 +43,10 @@ class KVFormat:
     @property
     def name(self) -> str:
         return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.keys, self.values
 
     @property
     def is_exact(self) -> bool:
@@ -81,6 +85,11 @@ def parse_format(name: str) -> KVFormat:
     if (keys in EXACT_FORMATS or values in EXACT_FORMATS) and keys != values:
         raise ValueError(f"Keys as {keys} and values as {values} do not go together: exact formats are for both.")
     return KVFormat(keys, values)
+
+
+def is_exact(name: str) -> bool:
+    """Whether pages of this format stay as they are written."""
+    return name in EXACT_FORMATS
 
 
 def codec_of(name: str, for_keys: bool) -> PageCodec:

@@ -1,19 +1,32 @@
 """The memory behind the pages."""
 
 import mmap
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from anybit.kernels.attention_inputs import ExactPages
+from anybit.kvcache.sealed_pool import SealedPool
 from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
 
 class KVPool:
-    """Keys and values of every page, per layer [pages, kv_heads, PAGE_SIZE, head_dim]."""
+    """Keys and values of every exact page, per layer [pages, kv_heads, PAGE_SIZE, head_dim], and by format the sealed pages.
 
-    def __init__(self, spec: KVSpec, num_pages: int, device: torch.device | str = "cpu") -> None:
+    Sequences of sealed formats write in exact pages too, until these are full.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        num_pages: int,
+        device: torch.device | str = "cpu",
+        sealed: Mapping[str, SealedPool] | None = None,
+    ) -> None:
         self.spec = spec
         self.num_pages = num_pages
+        self.sealed = sealed or {}
         on_cpu = torch.device(device).type == "cpu"
         shape = (spec.num_layers, 2, num_pages + (not on_cpu), spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
         if on_cpu:
@@ -33,6 +46,9 @@ class KVPool:
 
     def values(self, layer: int) -> Tensor:
         return self._pages[layer, 1]
+
+    def exact(self, layer: int) -> ExactPages:
+        return ExactPages(self.keys(layer), self.values(layer))
 
     def write(self, layer: int, page_ids: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store new tokens: page_ids, offsets int64 [tokens]; keys, values [tokens, kv_heads, head_dim]."""

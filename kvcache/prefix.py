@@ -22,10 +22,14 @@ def root_key(checkpoint_hash: str, precision_hash: str, kv_format: str, salt: st
 
 
 class PageKeys:
-    """The keys of one sequence's full pages, computed as its tokens become known."""
+    """The keys of one sequence's full pages, computed as its tokens become known.
 
-    def __init__(self, root: bytes) -> None:
+    With `has_first` there is one key more, before the others: of the page that keeps the first page's first tokens exactly.
+    """
+
+    def __init__(self, root: bytes, has_first: bool = False) -> None:
         self._root = root
+        self._has_first = has_first
         self._keys: list[bytes] = []
 
     def first(self, num_pages: int, token_ids: Sequence[int]) -> list[bytes]:
@@ -34,7 +38,8 @@ class PageKeys:
             start = len(self._keys) * PAGE_SIZE
             tokens = array("q", token_ids[start : start + PAGE_SIZE])
             self._keys.append(hashlib.sha256((self._keys[-1] if self._keys else self._root) + tokens).digest())
-        return self._keys[:num_pages]
+        keys = self._keys[:num_pages]
+        return [hashlib.sha256(b"first" + keys[0]).digest(), *keys] if self._has_first and keys else keys
 
 
 class PrefixIndex:

@@ -23,9 +23,19 @@ class SealedPages:
         self._codecs = codec_of(kv_format.keys, True), codec_of(kv_format.values, False)
 
     def seal(self, page_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Encode whole pages: page_ids int64 [pages]; keys, values [pages, kv_heads, 64, head_dim], finite."""
+        """Encode whole pages: page_ids int64 [pages]; keys, values [pages, kv_heads, 64, head_dim].
+
+        Pages with numbers that are not finite are read back as not-a-number.
+        """
         for records, codec, rows in zip(self._records, self._codecs, (keys, values), strict=True):
-            records[page_ids] = codec.layout(self._head_dim).pack(codec.encode(rows.float()))
+            finite = torch.isfinite(rows).flatten(2).all(2)
+            fields = codec.encode(rows.float().masked_fill(~finite[:, :, None, None], 0))
+            ranges = {
+                name: part.masked_fill(~finite[:, :, None], torch.nan)
+                for name, part in fields.items()
+                if part.dtype.is_floating_point
+            }
+            records[page_ids] = codec.layout(self._head_dim).pack({**fields, **ranges})
 
     def read(self, page_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of pages, float32 [..., kv_heads, 64, head_dim] for int64 [...]."""

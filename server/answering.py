@@ -62,7 +62,7 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
             planner = SequencePlanner(
                 model.info, model.tokenizer.eos_token_ids, endpoint.default_max_tokens, endpoint.prompt_field
             )
-            sequences = planner.plan(body, [prompt.token_ids for prompt in prompts], choice.precision, unique_id)
+            sequences = planner.plan(body, [prompt.token_ids for prompt in prompts], choice, unique_id)
             ticket.add_tokens([len(sequence.prompt_token_ids) for sequence in sequences])
         except BaseException:
             ticket.release()

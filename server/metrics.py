@@ -223,7 +223,11 @@ class EngineCollector:
         )  # fmt: skip
         yield _gauge(
             "kv_bytes_per_token", "KV cache bytes of one token.", ("model", "kv_format"),
-            [((self._model_name, model.kv_format), model.kv_bytes_per_token)],
+            [((self._model_name, kv.name), kv.bytes_per_token) for kv in model.kv_formats],
+        )  # fmt: skip
+        yield _gauge(
+            "kv_capacity_tokens", "Tokens whose keys and values fit the KV cache.", ("model", "kv_format"),
+            [((self._model_name, kv.name), kv.capacity_tokens) for kv in model.kv_formats],
         )  # fmt: skip
 
     def _load_metrics(self, model: ModelInfo, stats: EngineStats) -> Iterator[Metric]:
@@ -249,20 +253,17 @@ class EngineCollector:
             "preemptions", "Sequences that lost their KV pages to older ones and were computed again.",
             stats.preemptions,
         )  # fmt: skip
-        used, total = stats.kv_pages_used, stats.kv_pages_total
-        yield _gauge(
-            "kv_cache_usage_ratio", "Share of the KV cache's pages in use.", ("model", "kv_format"),
-            [((self._model_name, model.kv_format), used / total if total else 0.0)],
-        )  # fmt: skip
-        free_bytes = max(0, stats.kv_bytes_total - stats.kv_bytes_used - stats.kv_bytes_cached)
-        yield _gauge(
-            "kv_cache_bytes", "KV cache bytes by state.", ("model", "kv_format", "state"),
-            [
-                ((self._model_name, model.kv_format, "used"), stats.kv_bytes_used),
-                ((self._model_name, model.kv_format, "cached"), stats.kv_bytes_cached),
-                ((self._model_name, model.kv_format, "free"), free_bytes),
-            ],
-        )  # fmt: skip
+        usage, sizes = [], []
+        for kv in model.kv_formats:
+            labels = (self._model_name, kv.name)
+            total, used, cached = (
+                part.get(kv.name, 0) for part in (stats.kv_bytes_total, stats.kv_bytes_used, stats.kv_bytes_cached)
+            )
+            usage.append((labels, used / total if total else 0.0))
+            states = {"used": used, "cached": cached, "free": max(0, total - used - cached)}
+            sizes += [((*labels, state), size) for state, size in states.items()]
+        yield _gauge("kv_cache_usage_ratio", "Share of the KV cache's pages in use.", ("model", "kv_format"), usage)
+        yield _gauge("kv_cache_bytes", "KV cache bytes by state.", ("model", "kv_format", "state"), sizes)
 
     def _per_model(self, name: str, text: str, value: float) -> Metric:
         return _gauge(name, text, ("model",), [((self._model_name,), value)])

@@ -3,9 +3,9 @@
 import secrets
 from dataclasses import dataclass
 
-from anybit.engine.precision import Precision
 from anybit.engine.types import GenerationRequest, ModelInfo, SamplingParams
 from anybit.server.errors import ContextLengthError, InvalidRequestError
+from anybit.server.precision_request import ModelChoice
 from anybit.server.protocol.common import GenerationFields
 
 # Below this a temperature cannot be told from greedy choice, and dividing by it would leave the range of floats.
@@ -22,7 +22,7 @@ class SequencePlanner:
     prompt_field: str  # what an error about the prompt names
 
     def plan(
-        self, body: GenerationFields, prompts: list[list[int]], precision: Precision, id_prefix: str
+        self, body: GenerationFields, prompts: list[list[int]], choice: ModelChoice, id_prefix: str
     ) -> list[GenerationRequest]:
         """One sequence per prompt and choice, prompt by prompt.
 
@@ -36,7 +36,7 @@ class SequencePlanner:
         stop_token_ids = () if body.ignore_eos else tuple(sorted(self.eos_token_ids.union(self.model.eos_token_ids)))
         sequences: list[GenerationRequest] = []
         for prompt, max_tokens in zip(prompts, limits, strict=True):
-            for choice in range(body.num_choices):
+            for number in range(body.num_choices):
                 sampling = SamplingParams(
                     max_tokens=max_tokens,
                     temperature=_temperature(body.temperature),
@@ -47,13 +47,17 @@ class SequencePlanner:
                     frequency_penalty=body.frequency_penalty or 0.0,
                     repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
                     logit_bias=body.logit_bias,
-                    seed=_seed(body.seed, choice),
+                    seed=_seed(body.seed, number),
                     stop_token_ids=stop_token_ids,
                     num_logprobs=body.num_logprobs,
                     num_prompt_logprobs=body.num_prompt_logprobs,
                 )
                 request_id = f"{id_prefix}-{len(sequences)}"
-                sequences.append(GenerationRequest(request_id, prompt, sampling, precision, body.cache_salt or ""))
+                sequences.append(
+                    GenerationRequest(
+                        request_id, prompt, sampling, choice.precision, body.cache_salt or "", choice.kv_format
+                    )
+                )
         return sequences
 
     def _token_limit(self, asked: int | None, prompt: list[int]) -> int:

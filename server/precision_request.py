@@ -84,8 +84,13 @@ def _choose_kv_format(body: GenerationFields, headers: Headers, model: ModelInfo
     asked = [(KV_FORMAT_HEADER, text) for text in headers.getlist(KV_FORMAT_HEADER)]
     if body.kv_format is not None:
         asked.append(("kv_format", body.kv_format))
+    offer = [kv.name for kv in model.kv_formats]
     for param, text in asked:
-        if text != model.kv_format:
-            message = f"The KV format '{shorten(text)}' is not served; on offer is {model.kv_format}."
+        if text not in offer:
+            stated = f"on offer {'is' if len(offer) == 1 else 'are'} {', '.join(offer)}"
+            message = f"The KV format '{shorten(text)}' is not served; {stated}."
             raise InvalidRequestError(message, param=param, code="unknown_kv_format")
-    return model.kv_format
+    if len({text for _, text in asked}) > 1:
+        message = f"The request disagrees with itself about the KV format: {' and '.join(text for _, text in asked)}."
+        raise InvalidRequestError(message, param="kv_format")
+    return asked[0][1] if asked else model.kv_format

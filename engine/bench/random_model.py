@@ -21,6 +21,7 @@ from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.kernels import dispatch, layout
+from anybit.kvcache.books import PageBooks
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import KVSpec
 
@@ -105,8 +106,9 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     num_pages = (config.max_num_seqs + 1) * spec.pages_for(context)
     core = EngineCore(
         Runner(decoder, KVPool(spec, num_pages, device)),
-        Scheduler(spec, num_pages, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)),
-        spec.page_bytes,
+        Scheduler(
+            PageBooks.of(spec, num_pages), SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)
+        ),
         context,
         WeightTraffic(loader.linear_bytes, loader.part_bytes, loader.head_bytes),
     )

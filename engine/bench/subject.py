@@ -22,7 +22,7 @@ class DecodeSubject:
     device_name: str
     vocab_size: int
     kv_format: str
-    kv_bytes_per_token: int
+    kv_bytes_per_token: float
     weight_bytes: Mapping[int, int]
 
 
@@ -37,6 +37,6 @@ def loaded_subject(config: EngineConfig) -> DecodeSubject:
         device_name=info.device,
         vocab_size=info.vocab_size,
         kv_format=info.kv_format,
-        kv_bytes_per_token=info.kv_bytes_per_token,
+        kv_bytes_per_token=info.kv_formats[0].bytes_per_token,
         weight_bytes={entry.bit_width: entry.bytes_read_per_token for entry in info.widths},
     )

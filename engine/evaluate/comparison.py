@@ -9,12 +9,15 @@ from anybit.engine.config import ConfigError
 from anybit.engine.evaluate.matquant_slice import MatQuantSliceLoader
 from anybit.engine.evaluate.options import BASELINES, MATQUANT_SLICE
 from anybit.engine.evaluate.variant import Variant
+from anybit.engine.key_balance import key_weights
+from anybit.engine.kv_cache import OWN_FORMAT
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config, read_config
 from anybit.engine.weights.accounting import effective_bits, linear_entries
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import DenseLoader, NestedLoader
 from anybit.engine.weights.source import SourceModel
+from anybit.kvcache.formats import is_rotated, parse_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +27,20 @@ class Comparison:
     reader: CheckpointReader
     max_positions: int
     lm_head_bits: int
-    kv_format: str
+    kv_formats: Sequence[str]
     device: torch.device
 
     def nested(self, bit_widths: Sequence[int]) -> list[Variant]:
-        """What is served: one decoder read at each width."""
+        """What is served: one decoder read at each width, with the keys and values of each format."""
         loader = NestedLoader(self.reader, bit_widths, self.lm_head_bits, self.device)
         decoder = build_decoder(read_config(self.reader.directory), loader, self.max_positions, device=self.device)
         entries = linear_entries(self.reader.manifest)
+        rotated = any(is_rotated(part) for name in self.kv_formats for part in parse_format(name).names)
+        weights = key_weights(self.reader.directory, decoder, max(bit_widths), self.max_positions) if rotated else None
         return [
-            Variant(str(width), decoder, width, self.kv_format, effective_bits(entries, width)) for width in bit_widths
+            Variant(str(width), decoder, width, name, effective_bits(entries, width), key_weights=weights)
+            for width in bit_widths
+            for name in self.kv_formats
         ]
 
     def unquantized(self, source: SourceModel) -> Variant:
@@ -57,4 +64,5 @@ class Comparison:
         self, label: str, loader: WeightLoader, source: SourceModel, width: int, bits: float, scheme: str
     ) -> Variant:
         decoder = build_decoder(parse_config(source.config), loader, self.max_positions, device=self.device)
-        return Variant(label, decoder, width, self.kv_format, bits, scheme)
+        exact = next((name for name in self.kv_formats if parse_format(name).is_exact), OWN_FORMAT)
+        return Variant(label, decoder, width, exact, bits, scheme)

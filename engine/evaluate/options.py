@@ -21,7 +21,7 @@ class EvalOptions:
     max_tokens: int | None = None
     bit_widths: tuple[int, ...] = ()
     lm_head_bits: int = 8
-    kv_format: str = "bf16"
+    kv_formats: tuple[str, ...] = ("bf16",)
     baselines: tuple[str, ...] = ()
     device: str = "auto"
     threads: int = 0

@@ -128,7 +128,7 @@ def _variants(
 ) -> tuple[list[Variant], Variant | None]:
     """All that is scored, and which of it is the unquantized model."""
     device = resolve_device(options.device)
-    comparison = Comparison(reader, max_positions, options.lm_head_bits, options.kv_format, device)
+    comparison = Comparison(reader, max_positions, options.lm_head_bits, options.kv_formats, device)
     if source is None:
         if options.baselines:
             raise SourceError("A baseline needs the unquantized model, which is not at hand for this checkpoint.")

@@ -9,18 +9,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anybit.engine.batch import Chunk, plan_batch
+from anybit.engine.batch import plan_batch
+from anybit.engine.chunk import Chunk
+from anybit.engine.kv_cache import OWN_FORMAT
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.precision import Precision
 from anybit.engine.sequence import Sequence as TokenSequence
 from anybit.engine.types import GenerationRequest, SamplingParams
 from anybit.kvcache.pool import KVPool
-from anybit.kvcache.spec import KVSpec
+from anybit.kvcache.sealed_pool import SealedPool
+from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
 
 @dataclass(slots=True, eq=False)
 class Variant:
-    """One way of reading a model: a decoder at a width, with totals that grow as text is scored."""
+    """One way of reading a model: a decoder at a width, with totals that grow as text is scored.
+
+    `key_weights` of each layer balance keys in formats that rotate them (`engine.key_balance`).
+    """
 
     label: str
     decoder: Decoder
@@ -33,6 +39,7 @@ class Variant:
     kl: float = 0.0
     agreements: int = 0
     seconds: float = 0.0
+    key_weights: Sequence[Tensor] | None = field(default=None, repr=False)
     pool: KVPool | None = field(default=None, repr=False)
 
     @property
@@ -44,8 +51,9 @@ def start_sequence(token_ids: Sequence[int], variant: Variant, room: int = 0) ->
     """A sequence of known tokens at the start of the variant's own, fresh cache, with room for so many more."""
     variant.pool = _pool_for(variant, len(token_ids) + room)
     request = GenerationRequest("evaluate", list(token_ids), SamplingParams(max_tokens=1), Precision(variant.bit_width))
-    sequence = TokenSequence(request, arrived_at=0.0)
-    sequence.pages = list(range(variant.pool.num_pages))
+    sequence = TokenSequence(request, arrived_at=0.0, kv_format=variant.kv_format)
+    sealed = variant.pool.sealed.get(variant.kv_format)
+    sequence.pages = list(range(variant.pool.num_pages if sealed is None else sealed.num_pages))
     return sequence
 
 
@@ -60,6 +68,8 @@ def branch_sequence(sequence: TokenSequence, token_ids: Sequence[int]) -> TokenS
 def next_log_probabilities(variant: Variant, sequence: TokenSequence, count: int, last: int | None = None) -> Tensor:
     """Log probabilities after each of the sequence's next `count` tokens, or the `last` of these: float32 [rows, vocab]."""
     started = time.perf_counter()
+    if variant.pool is not None and variant.pool.sealed:
+        sequence.own_slots = list(range(sequence.num_computed // PAGE_SIZE, variant.pool.num_pages))
     plan = plan_batch([Chunk(sequence, count)], variant.decoder.device)
     if variant.pool is None:
         raise ValueError("The sequence was not started with start_sequence.")
@@ -75,7 +85,11 @@ def next_log_probabilities(variant: Variant, sequence: TokenSequence, count: int
 def _pool_for(variant: Variant, num_tokens: int) -> KVPool:
     config = variant.decoder.config
     spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, variant.kv_format)
-    pages = spec.pages_for(num_tokens)
-    if variant.pool is not None and variant.pool.num_pages >= pages:
+    num_exact = -(-num_tokens // PAGE_SIZE)
+    if variant.pool is not None and variant.pool.num_pages >= num_exact:
         return variant.pool
-    return KVPool(spec, pages, variant.decoder.device)
+    device = variant.decoder.device
+    if spec.is_exact:
+        return KVPool(spec, num_exact, device)
+    sealed = SealedPool(spec, spec.pages_for(num_tokens), variant.key_weights, device)
+    return KVPool(spec.of_format(OWN_FORMAT), num_exact, device, {spec.format: sealed})

@@ -11,6 +11,7 @@ from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
 from anybit.kernels import dispatch
+from anybit.kernels.attention_inputs import AttentionSettings
 from anybit.kvcache.pool import KVPool
 
 
@@ -28,13 +29,16 @@ class Attention:
 
     def __call__(self, x: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """[rows, hidden] -> [rows, hidden]; writes the rows' keys and values to their pages first."""
+        q, k, v = self.heads(x, plan)
+        layers = [pool.sealed[rows.kv_format].layers[self.layer] for rows in plan.sealed]
+        for rows, sealed in zip(plan.sealed, layers, strict=True):
+            k[rows.row_ids] = sealed.basis.keys(k[rows.row_ids].transpose(0, 1)).transpose(0, 1).to(k.dtype)
+            v[rows.row_ids] = sealed.basis.values(v[rows.row_ids]).to(v.dtype)
+        pool.write(self.layer, plan.page_ids, plan.page_offsets, k, v)
         config = self.config
-        heads = self.qkv(x, plan.segments).view(x.shape[0], -1, config.head_dim)
-        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q = self.rotary.rotate(q, plan.positions)
-        pool.write(self.layer, plan.page_ids, plan.page_offsets, self.rotary.rotate(k, plan.positions), v)
+        settings = AttentionSettings(
+            config.attention_scale, config.layers[self.layer].sliding_window, config.attention_softcap
+        )
         attended = torch.empty_like(q)
         for group in plan.attention_groups:
             attended[group.row_ids] = dispatch.paged_attention(
@@ -43,8 +47,24 @@ class Attention:
                 pool.values(self.layer),
                 group.block_tables,
                 group.positions,
-                config.attention_scale,
-                window=config.layers[self.layer].sliding_window,
-                softcap=config.attention_softcap,
+                settings.scale,
+                window=settings.window,
+                softcap=settings.softcap,
             )
+        own = pool.exact(self.layer)
+        for rows, sealed in zip(plan.sealed, layers, strict=True):
+            if rows.seals is not None:
+                sealed.seal(own, rows.seals)
+            for part in rows.groups:
+                of_part = sealed.attend(q[part.row_ids], own, part.tables, part.positions, settings)
+                attended[part.row_ids] = of_part.to(q.dtype)
         return self.output(attended.view(x.shape[0], -1), plan.segments)
+
+    def heads(self, x: Tensor, plan: BatchPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention sees them: [rows, heads or kv_heads, head_dim]."""
+        config = self.config
+        heads = self.qkv(x, plan.segments).view(x.shape[0], -1, config.head_dim)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return self.rotary.rotate(q, plan.positions), self.rotary.rotate(k, plan.positions), v

@@ -17,7 +17,7 @@ from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.cuda_layers import CudaLayers, cuda_layers
 from anybit.engine.models.native import NativeLayers, native_layers
-from anybit.kernels import dispatch
+from anybit.kernels import dispatch, fallbacks
 from anybit.kvcache.pool import KVPool
 
 
@@ -68,14 +68,23 @@ class Decoder:
 
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
         """Compute the plan's rows, extend the KV cache by them, return their last hidden states [rows, hidden_size]."""
-        hidden = self.embedding.embed(plan.token_ids)
-        if self.config.embedding_scale != 1:
-            hidden.mul_(self.config.embedding_scale)
-        if self.native is not None:
+        hidden = self.embed(plan.token_ids)
+        if self.native is not None and not pool.sealed:
             return self.native(hidden, plan, pool)
+        if (
+            self.native is not None
+        ):  # also for rows of exact formats, whose bits must not depend on the rows beside them
+            fallbacks.record("sealed_attention", "what computes all layers in one call does not read sealed pages yet")
         hidden = hidden.to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
+        return hidden
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [rows] -> float32 [rows, hidden_size], which the first layer takes."""
+        hidden = self.embedding.embed(token_ids)
+        if self.config.embedding_scale != 1:
+            hidden.mul_(self.config.embedding_scale)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -31,35 +31,49 @@ def balance_weights(queries: Tensor, keys: Tensor) -> Tensor:
 class PageBasis:
     """Takes one layer's queries, keys and values into the basis of its pages, and attention's output back.
 
-    `weights` [kv_heads, head_dim] from `balance_weights`, or None for no balance.
+    `weights` [kv_heads, head_dim] from `balance_weights`, or None for no balance; they matter where keys are rotated.
     """
 
-    def __init__(self, head_dim: int, weights: Tensor | None = None) -> None:
-        self._signs = rotation_signs(head_dim)
-        self._weights = weights
+    def __init__(
+        self,
+        head_dim: int,
+        weights: Tensor | None = None,
+        rotates_keys: bool = True,
+        rotates_values: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._signs = rotation_signs(head_dim).to(device)
+        self._weights = weights.to(device) if weights is not None and rotates_keys else None
+        self._rotates_keys, self._rotates_values = rotates_keys, rotates_values
 
     def keys(self, keys: Tensor) -> Tensor:
         """[..., kv_heads, tokens, head_dim] -> float32 of the same shape."""
+        if not self._rotates_keys:
+            return keys.float()
         return rotate(keys if self._weights is None else keys * self._weights[:, None], self._signs)
 
     def queries(self, queries: Tensor) -> Tensor:
         """[..., heads, tokens, head_dim] -> float32 of the same shape; a KV head's query heads are adjacent."""
+        if not self._rotates_keys:
+            return queries.float()
         if self._weights is not None:
             repeat = queries.shape[-3] // len(self._weights)
             queries = queries / self._weights.repeat_interleave(repeat, 0)[:, None]
         return rotate(queries, self._signs)
 
     def values(self, values: Tensor) -> Tensor:
-        return rotate(values, self._signs)
+        return rotate(values, self._signs) if self._rotates_values else values.float()
 
     def restored_keys(self, keys: Tensor) -> Tensor:
         """Inverse of `keys`."""
+        if not self._rotates_keys:
+            return keys
         keys = unrotate(keys, self._signs)
         return keys if self._weights is None else keys / self._weights[:, None]
 
     def restored_values(self, values: Tensor) -> Tensor:
         """Inverse of `values`; of attention's output too, which is a mean of values."""
-        return unrotate(values, self._signs)
+        return unrotate(values, self._signs) if self._rotates_values else values
 
 
 def _positive(sizes: Tensor) -> Tensor:

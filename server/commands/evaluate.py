@@ -26,6 +26,7 @@ from anybit.server.commands.options import (
     parse_base_url,
     parse_bit_widths,
     parse_group_size,
+    parse_kv_formats,
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
 
@@ -76,7 +77,7 @@ def evaluate(
     baseline: Annotated[
         list[str] | None, typer.Option(help="Also score a baseline: matquant-slice.", show_default=False)
     ] = None,
-    kv_format: Annotated[str, typer.Option(metavar="bf16|float32", help="Format of the KV cache.")] = "bf16",
+    kv_format: Annotated[str, typer.Option(help="Formats of the KV cache: bf16,qet4, or all.")] = "bf16",
     lm_head_bits: LmHeadBitsOption = 8,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
@@ -104,7 +105,7 @@ def evaluate(
         scored |= {
             "bit_widths": bit_widths,
             "lm_head_bits": lm_head_bits,
-            "kv_format": kv_format,
+            "kv_formats": parse_kv_formats(kv_format),
             "baselines": tuple(baseline or ()),
             "device": device,
             "threads": threads,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from anybit.engine.config import BIT_WIDTHS
+from anybit.engine.config import BIT_WIDTHS, KV_FORMATS, ConfigError, check_kv_format
 from anybit.engine.quantize.options import METHODS
 
 _MAX_BATCH = 4096  # rows, as many as a prompt's chunk can have
@@ -33,6 +33,19 @@ def parse_batches(text: str) -> list[int]:
     if not batches or not all(1 <= size <= _MAX_BATCH for size in batches):
         raise typer.BadParameter(f"{text!r} is not a list of numbers from 1 to {_MAX_BATCH}.")
     return batches
+
+
+def parse_kv_formats(text: str) -> tuple[str, ...]:
+    """ "bf16,qet4/qet3" or "all" -> formats in the order given; wrong usage names the formats there are."""
+    names = (
+        KV_FORMATS if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    )
+    for name in names:
+        try:
+            check_kv_format(name)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from None
+    return names
 
 
 def parse_group_size(text: str) -> int | None:

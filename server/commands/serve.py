@@ -36,7 +36,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     default_bit_width: Annotated[int, typer.Option(help="Bits for requests that name no width.")] = 4,
     widths: Annotated[str, typer.Option(help="Widths to serve; only their bits are loaded.")] = "2,3,4,6,8",
-    kv_format: Annotated[str, typer.Option(metavar="bf16|float32", help="Format of the KV cache.")] = "bf16",
+    kv_format: Annotated[
+        str, typer.Option(metavar="bf16|qet4|...", help="KV format of requests that name none.")
+    ] = "bf16",
+    kv_formats: Annotated[str, typer.Option(help="More formats for requests to name, such as qet4,qet2.")] = "",
     lm_head_bits: LmHeadBitsOption = 8,
     reproducible: Annotated[
         bool | None,
@@ -89,6 +92,7 @@ def serve(
         default_bit_width=default_bit_width,
         lm_head_bits=lm_head_bits,
         kv_format=kv_format,
+        kv_formats=tuple(part.strip() for part in kv_formats.split(",") if part.strip()),
         compute_dtype=compute_dtype,
         device=device,
         threads=threads,
@@ -128,8 +132,9 @@ def _announce(model: ModelInfo, url: str) -> None:
     widths = ", ".join(map(str, model.bit_widths))
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold]{model.name}[/] at {widths} bits on [bold]{url}[/] (default {model.default_bit_width})")
-    memory = model.kv_capacity_tokens * model.kv_bytes_per_token / 2**20
-    console.print(f"Room for the keys and values of {model.kv_capacity_tokens:,} tokens ({memory:,.0f} MiB)")
+    for kv in model.kv_formats:
+        memory = kv.capacity_tokens * kv.bytes_per_token / 2**20
+        console.print(f"Room for the keys and values of {kv.capacity_tokens:,} tokens in {kv.name} ({memory:,.0f} MiB)")
     console.print(
         f"Try: curl {url}/v1/completions -H 'Content-Type: application/json' -H 'X-Bit-Width: 4' "
         """-d '{"prompt": "The capital of France is", "max_tokens": 16}'""",

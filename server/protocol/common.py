@@ -168,5 +168,6 @@ class VersionInfo(BaseModel):
     bit_widths: list[int]
     default_bit_width: int | None
     kv_format: str | None
+    kv_formats: list[str] = Field(description="All that requests can name.")
     device: str | None
     compute_dtype: str | None

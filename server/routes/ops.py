@@ -65,6 +65,7 @@ async def version(request: Request) -> VersionInfo:
         bit_widths=[] if model is None else model.bit_widths,
         default_bit_width=None if model is None else model.default_bit_width,
         kv_format=None if model is None else model.kv_format,
+        kv_formats=[] if model is None else [kv.name for kv in model.kv_formats],
         device=None if model is None else model.device,
         compute_dtype=None if model is None else model.compute_dtype,
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anybit.engine.batch import Chunk, plan_batch
+from anybit.engine.batch import plan_batch
+from anybit.engine.chunk import Chunk
 from anybit.engine.evaluate.variant import Variant, start_sequence
 from anybit.engine.layers.linear import DenseLinear
 from anybit.engine.models.decoder import build_decoder

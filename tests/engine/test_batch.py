@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anybit.engine.batch import Chunk, plan_batch
+from anybit.engine.batch import plan_batch
+from anybit.engine.chunk import Chunk
 from anybit.engine.precision import Precision
 from anybit.engine.sequence import Sequence
 from tests.fixtures.engine import make_request

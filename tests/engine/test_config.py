@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from anybit.engine import assemble as assemble_module
 from anybit.engine import config as config_module
+from anybit.engine import kv_cache as kv_cache_module
 from anybit.engine.assemble import assemble
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.errors import AnyBitError
 from anybit.engine.machine import physical_cores, resolve_device
+from anybit.engine.types import KVFormatInfo
 from anybit.kernels import layout
 from anybit.kvcache import spec
 from tests.fixtures.engine import make_request, run
@@ -80,8 +81,8 @@ def test_assemble_describes_what_it_serves(config):
     assert (info.name, info.method, info.source) == ("tiny", "rtn", "tiny-llama")
     assert (info.vocab_size, info.max_model_len, info.max_num_seqs) == (512, 200, 2)
     assert info.eos_token_ids == [0, 1]
-    assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head_dim, bytes
-    assert info.kv_capacity_tokens == 2 * 256  # two sequences of 200 tokens, in whole pages
+    # Bytes of keys and values, layers, heads, head_dim; two sequences of 200 tokens, in whole pages.
+    assert info.kv_formats == [KVFormatInfo("float32", 2 * 2 * 2 * 16 * 4, 2 * 256)]
     assert (info.compute_dtype, info.reproducible) == ("float32", True)
     assert [width.perplexity for width in info.widths] == [None, None]
     answers = run(core, [make_request(str(width), range(5), 3, width) for width in (2, 4)])
@@ -97,13 +98,40 @@ def test_assemble_describes_what_it_serves(config):
 def test_cache_budget_decides_the_pages(config):
     page = 64 * 2 * 2 * 2 * 16 * 2
     _, info = assemble(replace(config, kv_cache_bytes=5 * page + page // 2))
-    assert info.kv_capacity_tokens == 5 * 64
+    assert info.kv_formats == [KVFormatInfo("bf16", page / 64, 5 * 64)]
     _, info = assemble(replace(config, kv_cache_bytes=1))
-    assert info.kv_capacity_tokens == 64  # one page at least: short requests can be served
+    assert info.kv_formats[0].capacity_tokens == 64  # one page at least: short requests can be served
+
+
+def test_formats_share_the_cache_in_equal_parts(config):
+    page = 64 * 2 * 2 * 2 * 16 * 2
+    formats = {"kv_format": "qet4", "kv_formats": ("bf16", "qet2/uniform3")}
+    core, info = assemble(replace(config, max_num_seqs=2, max_step_tokens=64, kv_cache_bytes=35 * page, **formats))
+    capacity = {kv.name: kv.capacity_tokens for kv in info.kv_formats}
+    assert list(capacity) == ["qet4", "bf16", "qet2/uniform3"]
+    assert capacity["bf16"] == 10 * 64  # a third of what 5 own pages leave
+    assert capacity["qet4"] == capacity["qet2/uniform3"] == 2 * 9 * 64 - 64  # two full contexts need no more
+    answers = run(core, [make_request(str(i), range(100), 3, 4, name) for i, name in enumerate([None, *capacity])])
+    assert [len(tokens) for tokens in answers.values()] == [3] * 4
+    assert answers["0"] == answers["1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"kv_format": "float32", "kv_formats": ("qet4",)}, ("float32", "beside qet4")),
+        ({"kv_format": "qet4/bf16"}, ("qet4/bf16", "mixes")),
+        ({"kv_formats": ("qet5",)}, ("'qet5'",)),
+    ],
+)
+def test_formats_that_do_not_go_together_are_refused(config, changes, parts):
+    with pytest.raises(ConfigError) as caught:
+        assemble(replace(config, **changes))
+    assert_one_sentence(caught.value, *parts)
 
 
 def test_context_that_free_memory_cannot_hold_is_refused(config, monkeypatch):
-    monkeypatch.setattr(assemble_module, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(kv_cache_module, "free_bytes", lambda device: 100_000)
     with pytest.raises(AnyBitError) as caught:
         assemble(config)
     assert_one_sentence(caught.value, "512 tokens", "--max-model-len")

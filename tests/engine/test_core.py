@@ -133,8 +133,8 @@ def test_stats_count_sequences_pages_steps_and_bytes():
     core.step()  # one of a, three of b
     stats = core.take_stats(resident_bytes=123)
     assert (stats.running, stats.waiting) == ({2: 1, 8: 1}, {8: 1})
-    assert (stats.kv_pages_total, stats.kv_pages_used) == (8, 2)
-    assert (stats.kv_bytes_total, stats.kv_bytes_used) == (8 * SPEC.page_bytes, 2 * SPEC.page_bytes)
+    assert (stats.kv_pages_total, stats.kv_pages_used) == (3 * 8, 2)  # of three formats
+    assert (stats.kv_bytes_total["bf16"], stats.kv_bytes_used["bf16"]) == (8 * SPEC.page_bytes, 2 * SPEC.page_bytes)
     assert (stats.steps, stats.step_tokens, stats.resident_bytes) == (2, [5, 4], 123)
     # Both steps read both widths; the head was read in both and is charged to the larger.
     assert stats.weight_bytes_read == {2: 2 * BYTES_READ[2], 8: 2 * (BYTES_READ[8] + HEAD_BYTES)}
@@ -151,7 +151,7 @@ def test_stats_count_the_prefix_cache_and_preemptions():
     stats = core.take_stats()
     assert (stats.prefix_queried_tokens, stats.prefix_hit_tokens) == (394, 128)
     assert stats.preemptions == 1
-    assert stats.kv_bytes_cached > 0
+    assert stats.kv_bytes_cached["bf16"] > 0
 
 
 def test_first_token_tells_how_much_of_the_prompt_was_cached():

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from anybit.engine.batch import Chunk, plan_batch
+from anybit.engine.batch import plan_batch
+from anybit.engine.chunk import Chunk
 from anybit.engine.models.cuda_layers import CudaLayers
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.sequence import Sequence

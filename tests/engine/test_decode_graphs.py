@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from anybit.engine.batch import Chunk
 from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
+from anybit.engine.chunk import Chunk
 from anybit.engine.decode_graphs import DecodeGraphs, StepResult, StepShape, padded_pages, padded_rows
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.runner import Runner, _launched

@@ -153,7 +153,7 @@ def test_at_least_a_width_is_that_width_alone_and_a_wider_one_in_its_company(mod
     assert_same(model.together([lifted, company]), exact[8], [name])
     core, _ = model.core()
     run(core, [lifted, make_request("long", prompt * 30, 1, Precision(2, at_least=True))])
-    assert core.take_stats().kv_bytes_cached == 0, "pages of lifted rows may be found by others"
+    assert not any(core.take_stats().kv_bytes_cached.values()), "pages of lifted rows may be found by others"
 
 
 def test_prompt_longer_than_a_step_gets_the_same_answer(model, alone):

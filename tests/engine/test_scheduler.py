@@ -7,6 +7,7 @@ import pytest
 from anybit.engine.errors import CapacityError
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.sequence import Sequence
+from anybit.kvcache.books import PageBooks
 from anybit.kvcache.check import IntegrityError
 from tests.fixtures.engine import make_request
 from tests.fixtures.fake_runner import SPEC
@@ -14,8 +15,10 @@ from tests.fixtures.sentences import assert_one_sentence
 
 
 def make_scheduler(num_pages=8, max_num_seqs=4, max_step_tokens=32, checkpoint_hash="model"):
-    scheduler = Scheduler(SPEC, num_pages, SchedulerConfig(max_num_seqs, max_step_tokens, checkpoint_hash))
-    return scheduler, scheduler.allocator
+    scheduler = Scheduler(
+        PageBooks.of(SPEC, num_pages), SchedulerConfig(max_num_seqs, max_step_tokens, checkpoint_hash)
+    )
+    return scheduler, scheduler.books.formats[SPEC.format].allocator
 
 
 def add(scheduler, name, num_tokens, max_tokens=1, bit_width=4, token=None, salt="", **sampling):

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybit.kvcache.formats import EXACT_FORMATS
 from anybit.kvcache.pool import KVPool
-from anybit.kvcache.spec import KV_FORMATS, PAGE_SIZE, KVSpec
+from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=3, head_dim=4, format="float32")
 
@@ -38,7 +39,7 @@ def test_pages_for_rounds_up(num_tokens, pages):
     assert SPEC.pages_for(num_tokens) == pages
 
 
-@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("kv_format", EXACT_FORMATS)
 def test_pool_starts_with_zeros_and_takes_what_its_pages_cost(kv_format):
     spec = KVSpec(2, 3, 4, kv_format)
     pool = KVPool(spec, 5)

@@ -5,9 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from anybit.engine.types import FinishReason
-from anybit.kvcache.spec import PAGE_SIZE
 from tests.fixtures.engine import make_request
-from tests.fixtures.fake_runner import BYTES_READ, SPEC, FakeRunner, answer_of, fake_core
+from tests.fixtures.fake_runner import BYTES_READ, KV_FORMATS, SPEC, FakeRunner, answer_of, fake_core
 
 MAX_MODEL_LEN = 300
 lengths = st.one_of(st.integers(1, 5), st.integers(1, MAX_MODEL_LEN))
@@ -38,15 +37,16 @@ class CoreMachine(RuleBasedStateMachine):
         max_tokens=st.one_of(st.integers(0, 4), st.integers(0, MAX_MODEL_LEN)),
         width=st.sampled_from((2, 4, 8, 3)),
         stops=st.sets(st.integers(0, 49), max_size=3),
+        kv_format=st.sampled_from(KV_FORMATS),
     )
-    def add(self, prompt, text, max_tokens, width, stops):
+    def add(self, prompt, text, max_tokens, width, stops, kv_format):
         name = f"r{len(self.expected)}"
         token_ids = [text] * prompt
-        request = make_request(name, token_ids, max_tokens, width, stop_token_ids=tuple(stops))
+        request = make_request(name, token_ids, max_tokens, width, kv_format, stop_token_ids=tuple(stops))
         self.expected[name] = request
         self.received[name] = []
         events = self.core.add(request)
-        pages = -(-(prompt + max(max_tokens, 1) - 1) // PAGE_SIZE)
+        pages = SPEC.of_format(kv_format).pages_for(prompt + max(max_tokens, 1) - 1)
         possible = max_tokens <= MAX_MODEL_LEN - prompt and width in BYTES_READ and pages <= self.limits[0]
         assert possible == (not events)
         if not possible:
@@ -109,7 +109,9 @@ class CoreMachine(RuleBasedStateMachine):
         running, waiting = self.core._scheduler._running, self.core._scheduler._waiting
         assert sum(stats.running.values()) == len(running) <= self.limits[1]
         assert sum(stats.waiting.values()) == len(waiting)
-        assert stats.kv_pages_used == len({page for sequence in running for page in sequence.pages})
+        assert stats.kv_pages_used == len(
+            {(sequence.kv_format, page) for sequence in running for page in sequence.pages}
+        )
         assert all(not sequence.pages and sequence.num_computed == 0 for sequence in waiting)
         alive = {sequence.request.request_id for sequence in (*running, *waiting)}
         assert alive == set(self.expected) - set(self.finished)
@@ -127,7 +129,8 @@ class CoreMachine(RuleBasedStateMachine):
         arrivals = [sequence.arrival_number for sequence in waiting]
         assert arrivals == sorted(arrivals)
         for chunk in chunks:
-            assert len(chunk.sequence.pages) == SPEC.pages_for(len(chunk.sequence.token_ids))
+            spec = SPEC.of_format(chunk.sequence.kv_format)
+            assert len(chunk.sequence.pages) == spec.pages_for(len(chunk.sequence.token_ids))
         # The oldest of all always runs: whatever else is taken back, it gets on.
         oldest = min((*running, *waiting), key=lambda sequence: sequence.arrival_number)
         assert oldest in running

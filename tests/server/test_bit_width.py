@@ -3,7 +3,7 @@
 import pytest
 
 from anybit.engine.precision import Precision
-from tests.server.fake_engine import WIDTHS
+from tests.server.fake_engine import WIDTHS, FakeEngine
 
 
 def ask(server, headers=None, path="/v1/completions", **fields):
@@ -136,15 +136,34 @@ def test_unknown_model_is_404(server, model):
     assert response.json()["error"]["param"] == "model"
 
 
-def test_served_kv_format_is_accepted_in_both_forms(server):
-    response = ask(server, {"X-KV-Format": "bf16"}, kv_format="bf16")
+@pytest.mark.parametrize(
+    ("headers", "fields", "expected"),
+    [
+        ({}, {}, "bf16"),
+        ({"X-KV-Format": "bf16"}, {"kv_format": "bf16"}, "bf16"),
+        ({"X-KV-Format": "qet4"}, {}, "qet4"),
+        ({}, {"kv_format": "qet4"}, "qet4"),
+    ],
+)
+def test_served_kv_formats_are_accepted_in_both_forms(start, headers, fields, expected):
+    engine = FakeEngine()
+    server = start(engine)
+    response = ask(server, headers, **fields)
     assert response.status_code == 200
+    assert response.headers["X-KV-Format"] == expected
+    assert [request.kv_format for request in engine.requests] == [expected]
+
+
+def test_forms_that_disagree_about_the_kv_format_are_refused(server):
+    response = ask(server, {"X-KV-Format": "bf16"}, kv_format="qet4")
+    assert response.status_code == 400
+    assert "bf16 and qet4" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("headers", "fields"), [({"X-KV-Format": "qet4"}, {}), ({}, {"kv_format": "int8"}), ({"X-KV-Format": ""}, {})]
+    ("headers", "fields"), [({"X-KV-Format": "qet3"}, {}), ({}, {"kv_format": "int8"}), ({"X-KV-Format": ""}, {})]
 )
 def test_other_kv_formats_are_refused(server, headers, fields):
     response = ask(server, headers, **fields)
     assert response.status_code == 400
-    assert "on offer is bf16" in response.json()["error"]["message"]
+    assert "on offer are bf16, qet4" in response.json()["error"]["message"]

@@ -30,6 +30,7 @@ OTHERS = {
     "anybit_kv_cache_usage_ratio": "gauge",
     "anybit_kv_cache_bytes": "gauge",
     "anybit_kv_bytes_per_token": "gauge",
+    "anybit_kv_capacity_tokens": "gauge",
     "anybit_weights_bytes": "gauge",
     "anybit_engine_last_step_timestamp_seconds": "gauge",
     "anybit_engine_resident_bytes": "gauge",
@@ -90,8 +91,9 @@ def test_engine_snapshot_is_shown(start):
         waiting={8: 7},
         kv_pages_total=100,
         kv_pages_used=25,
-        kv_bytes_total=6400,
-        kv_bytes_used=1600,
+        kv_bytes_total={"bf16": 6400, "qet4": 1000},
+        kv_bytes_used={"bf16": 1600},
+        kv_bytes_cached={"qet4": 300},
         steps=12,
         weight_bytes_read={2: 2000, 4: 4000},
         kernel_fallbacks={"linear_decode:odd_shape:really": 5},
@@ -102,9 +104,13 @@ def test_engine_snapshot_is_shown(start):
     assert server.metric("anybit_requests_running", bit_width="3") == 0
     assert server.metric("anybit_requests_waiting", bit_width="8") == 7
     assert server.metric("anybit_kv_cache_usage_ratio", kv_format="bf16") == 0.25
-    assert server.metric("anybit_kv_cache_bytes", state="used") == 1600
-    assert server.metric("anybit_kv_cache_bytes", state="free") == 4800
-    assert server.metric("anybit_kv_bytes_per_token") == 64
+    assert server.metric("anybit_kv_cache_bytes", kv_format="bf16", state="used") == 1600
+    assert server.metric("anybit_kv_cache_bytes", kv_format="bf16", state="free") == 4800
+    assert server.metric("anybit_kv_cache_bytes", kv_format="qet4", state="cached") == 300
+    assert server.metric("anybit_kv_cache_bytes", kv_format="qet4", state="free") == 700
+    assert server.metric("anybit_kv_bytes_per_token", kv_format="bf16") == 64
+    assert server.metric("anybit_kv_bytes_per_token", kv_format="qet4") == 17.5
+    assert server.metric("anybit_kv_capacity_tokens", kv_format="qet4") == 8192
     assert server.metric("anybit_weight_bytes_read_total", bit_width="4") == 4000
     assert server.metric("anybit_kernel_fallbacks_total", kernel="linear_decode", reason="odd_shape:really") == 5
     assert server.metric("anybit_engine_resident_bytes") == 123456

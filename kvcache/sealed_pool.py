@@ -1,0 +1,76 @@
+"""Pages of one sealed format over all layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
+from anybit.kvcache.attention import PageTables, attend
+from anybit.kvcache.codec.balance import PageBasis
+from anybit.kvcache.formats import is_rotated
+from anybit.kvcache.sealed import SealedPages
+from anybit.kvcache.spec import KVSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Seals:
+    """Which own pages become which sealed pages in a step: int64 tensors, slots and page ids side by side.
+
+    `first_slots` are those whose page is a sequence's first, `first_page_ids` the pages for their exact tokens.
+    """
+
+    slots: Tensor
+    page_ids: Tensor
+    first_slots: Tensor
+    first_page_ids: Tensor
+
+
+class SealedLayer:
+    """One layer's sealed pages and their basis. Own pages, which are exact, hold vectors in that basis too."""
+
+    def __init__(self, pages: SealedPages, basis: PageBasis) -> None:
+        self.pages = pages
+        self.basis = basis
+
+    def seal(self, own: ExactPages, seals: Seals) -> None:
+        """Encode pages that are full now, and keep the first tokens of those that are a sequence's first."""
+        self.pages.seal(seals.page_ids, own.keys[seals.slots], own.values[seals.slots])
+        if len(seals.first_slots):
+            self.pages.keep_exactly(seals.first_page_ids, own.keys[seals.first_slots], own.values[seals.first_slots])
+
+    def attend(
+        self, q: Tensor, own: ExactPages, tables: PageTables, positions: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        """q [seqs, tokens, heads, head_dim] as the model has them -> float32 of the same shape."""
+        rotated = self.basis.queries(q.transpose(1, 2)).transpose(1, 2)
+        attended = attend(rotated, own, self.pages, tables, positions, settings)
+        return self.basis.restored_values(attended)
+
+
+class SealedPool:
+    """The layers' sealed pages; `weights` [kv_heads, head_dim] of each layer balance its keys, None: no layer's are."""
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        num_pages: int,
+        weights: Sequence[Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.spec = spec
+        self.num_pages = num_pages
+        self.layers = tuple(
+            SealedLayer(
+                SealedPages(spec.kv_format(layer), num_pages, spec.num_kv_heads, spec.head_dim, device),
+                PageBasis(
+                    spec.head_dim,
+                    None if weights is None else weights[layer],
+                    is_rotated(spec.kv_format(layer).keys),
+                    is_rotated(spec.kv_format(layer).values),
+                    device,
+                ),
+            )
+            for layer in range(spec.num_layers)
+        )
