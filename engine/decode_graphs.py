@@ -104,7 +104,9 @@ class DecodeGraphs:
     @staticmethod
     def can_serve(decoder: Decoder, pool: KVPool) -> bool:
         """Whether all layers, over these pages, are kernels that can be captured and that fix the order of sums."""
-        return isinstance(decoder.native, CudaLayers) and not pool.sealed and decoder.native.can_attend(pool)
+        return (
+            isinstance(decoder.native, CudaLayers) and decoder.native.can_read(pool) and decoder.native.can_attend(pool)
+        )
 
     def covers(self, chunks: ReadOnly[Chunk]) -> bool:
         """Whether these chunks are a decode step: the newest token of each sequence, and no token of a prompt to score."""

@@ -39,16 +39,21 @@ def sealed_rows(kv_format: str, placed: ReadOnly[PlacedChunk], device: torch.dev
 
     rows = [row + token for chunk, row in placed for token in range(chunk.num_tokens)]
     groups = tuple(_group(members, num_tokens, device) for num_tokens, members in attended_together(placed))
-    slots, page_ids, first_slots, first_page_ids = [], [], [], []
+    slots: list[int] = []
+    page_ids: list[int] = []
+    first_slots: list[int] = []
+    first_page_ids: list[int] = []
+    numbers: list[int] = []
     for chunk, _ in placed:
         sequence = chunk.sequence
         first, full = sequence.num_computed // PAGE_SIZE, (sequence.num_computed + chunk.num_tokens) // PAGE_SIZE
         slots += sequence.own_slots[: full - first]
         page_ids += sequence.pages[1 + first : 1 + full]
+        numbers += range(full - first)
         if first == 0 and full:
             first_slots.append(sequence.own_slots[0])
             first_page_ids.append(sequence.pages[0])
-    seals = Seals(tensor(slots), tensor(page_ids), tensor(first_slots), tensor(first_page_ids)) if slots else None
+    seals = Seals(*map(tensor, (slots, page_ids, first_slots, first_page_ids, numbers))) if slots else None
     return SealedRows(kv_format, tensor(rows), seals, groups)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.attention_inputs import ExactPages
-from anybit.kvcache.sealed_pool import SealedPool
+from anybit.kvcache.sealed_pool import SealedPool, Seals
 from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
 
@@ -46,6 +46,10 @@ class KVPool:
 
     def values(self, layer: int) -> Tensor:
         return self._pages[layer, 1]
+
+    def seal(self, kv_format: str, seals: Seals) -> None:
+        """Encode own pages of all layers that are full now."""
+        self.sealed[kv_format].seal(self._pages[:, 0], self._pages[:, 1], seals)
 
     def exact(self, layer: int) -> ExactPages:
         return ExactPages(self.keys(layer), self.values(layer))

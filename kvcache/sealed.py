@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from anybit.kvcache.codec.pages import PageCodec
 from anybit.kvcache.formats import TAIL_DTYPE, KVFormat, codec_of
 
 
@@ -20,28 +21,30 @@ class SealedPages:
         self.keys = torch.zeros(num_pages, num_kv_heads, key_bytes, dtype=torch.uint8, device=device)
         self.values = torch.zeros(num_pages, num_kv_heads, value_bytes, dtype=torch.uint8, device=device)
         self._head_dim = head_dim
-        self._codecs = codec_of(kv_format.keys, True), codec_of(kv_format.values, False)
+        self.codecs = codec_of(kv_format.keys, True), codec_of(kv_format.values, False)
 
     def seal(self, page_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Encode whole pages: page_ids int64 [pages]; keys, values [pages, kv_heads, 64, head_dim].
+        """Encode whole pages: page_ids int64 [pages]; keys, values [pages, kv_heads, 64, head_dim]."""
+        self.store(page_ids, *self.encode(keys, values))
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Records of whole pages, [..., 64, head_dim] -> uint8 [..., bytes], of any layer with this format.
 
         Pages with numbers that are not finite are read back as not-a-number.
         """
-        for records, codec, rows in zip(self._records, self._codecs, (keys, values), strict=True):
-            finite = torch.isfinite(rows).flatten(2).all(2)
-            fields = codec.encode(rows.float().masked_fill(~finite[:, :, None, None], 0))
-            ranges = {
-                name: part.masked_fill(~finite[:, :, None], torch.nan)
-                for name, part in fields.items()
-                if part.dtype.is_floating_point
-            }
-            records[page_ids] = codec.layout(self._head_dim).pack({**fields, **ranges})
+        encoded = (_encoded(codec, rows) for codec, rows in zip(self.codecs, (keys, values), strict=True))
+        key_records, value_records = encoded
+        return key_records, value_records
+
+    def store(self, page_ids: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep records [pages, kv_heads, bytes] in pages int64 [pages]."""
+        self.keys[page_ids], self.values[page_ids] = keys, values
 
     def read(self, page_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of pages, float32 [..., kv_heads, 64, head_dim] for int64 [...]."""
         keys, values = (
             codec.decode(codec.layout(self._head_dim).unpack(records[page_ids]))
-            for records, codec in zip(self._records, self._codecs, strict=True)
+            for records, codec in zip(self._records, self.codecs, strict=True)
         )
         return keys, values
 
@@ -67,3 +70,14 @@ class SealedPages:
     @property
     def _records(self) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
+
+
+def _encoded(codec: PageCodec, rows: Tensor) -> Tensor:
+    is_finite = torch.isfinite(rows).flatten(-2).all(-1)
+    fields = codec.encode(rows.float().masked_fill(~is_finite[..., None, None], 0))
+    ranges = {
+        name: part.masked_fill(~is_finite[..., None], torch.nan)
+        for name, part in fields.items()
+        if part.dtype.is_floating_point
+    }
+    return codec.layout(rows.shape[-1]).pack({**fields, **ranges})

@@ -16,15 +16,31 @@ from anybit.kvcache.spec import KVSpec
 
 @dataclass(frozen=True, slots=True)
 class Seals:
-    """Which own pages become which sealed pages in a step: int64 tensors, slots and page ids side by side.
+    """Which own pages become which sealed pages: int64 tensors, slots and page ids side by side.
 
-    `first_slots` are those whose page is a sequence's first, `first_page_ids` the pages for their exact tokens.
+    `first_slots` are those whose page is a sequence's first, `first_page_ids` the pages for their exact tokens. `numbers`
+    says which of its sequence's own pages in this step each is, from 0 on.
     """
 
     slots: Tensor
     page_ids: Tensor
     first_slots: Tensor
     first_page_ids: Tensor
+    numbers: Tensor
+
+    def of_number(self, number: int) -> "Seals | None":
+        """Those that are the pages of this number, if there are some."""
+        chosen = self.numbers == number
+        if not bool(chosen.any()):
+            return None
+        firsts = slice(None) if number == 0 else slice(0)
+        return Seals(
+            self.slots[chosen],
+            self.page_ids[chosen],
+            self.first_slots[firsts],
+            self.first_page_ids[firsts],
+            self.numbers[chosen],
+        )
 
 
 class SealedLayer:
@@ -74,3 +90,18 @@ class SealedPool:
             )
             for layer in range(spec.num_layers)
         )
+        self._alike: dict[str, list[int]] = {}
+        for layer in range(spec.num_layers):
+            self._alike.setdefault(spec.kv_format(layer).name, []).append(layer)
+
+    def seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
+        """`SealedLayer.seal` of all layers at once: own pages are [layers, pages, kv_heads, 64, head_dim]."""
+        for layers in self._alike.values():
+            keys, values = (own[layers][:, seals.slots] for own in (own_keys, own_values))
+            encoded = self.layers[layers[0]].pages.encode(keys, values)
+            for index, key_records, value_records in zip(layers, *encoded, strict=True):
+                self.layers[index].pages.store(seals.page_ids, key_records, value_records)
+        if len(seals.first_slots):
+            for layer, layer_keys, layer_values in zip(self.layers, own_keys, own_values, strict=True):
+                firsts = seals.first_slots
+                layer.pages.keep_exactly(seals.first_page_ids, layer_keys[firsts], layer_values[firsts])

@@ -91,6 +91,10 @@ class CudaLayers:
             add_residual(hidden, addition, self._config.rms_norm_eps)
         return hidden
 
+    def can_read(self, pool: KVPool) -> bool:
+        """Whether these layers know the pages' formats: sealed ones not yet."""
+        return not pool.sealed
+
     def can_attend(self, pool: KVPool) -> bool:
         """Whether attention over these pages has a kernel: what takes its place can neither be captured nor is it exact."""
         return can_attend(self._dtype, pool.keys(0))

@@ -69,7 +69,7 @@ class Decoder:
     def forward(self, plan: BatchPlan, pool: KVPool) -> Tensor:
         """Compute the plan's rows, extend the KV cache by them, return their last hidden states [rows, hidden_size]."""
         hidden = self.embed(plan.token_ids)
-        if self.native is not None and not pool.sealed:
+        if self.native is not None and self.native.can_read(pool):
             return self.native(hidden, plan, pool)
         if (
             self.native is not None

@@ -11,9 +11,18 @@ from anybit.engine.batch import BatchPlan
 from anybit.engine.layers.linear import Linear, NestedLinear
 from anybit.engine.layers.norm import RMSNorm
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.native_sealed import can_describe, describe_layer, parts_by_page
 from anybit.kernels import fallbacks
 from anybit.kernels.cpu.packed import PackedWeight
-from anybit.kernels.cpu.stack import LayerStack, StackGroup, StackLayer, StackLinear, StackPages, StackShape
+from anybit.kernels.cpu.stack import (
+    DescribedPages,
+    LayerStack,
+    StackGroup,
+    StackLayer,
+    StackLinear,
+    StackPages,
+    StackShape,
+)
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -21,29 +30,51 @@ if TYPE_CHECKING:
 
 
 class NativeLayers:
-    """Runs all layers of a decoder in one native call."""
+    """Runs all layers of a decoder in one native call, or one for each page that prompts of sealed formats reach into."""
 
     def __init__(self, stack: LayerStack, num_layers: int) -> None:
         self._stack = stack
         self._num_layers = num_layers
-        self._pages: WeakKeyDictionary[KVPool, object] = WeakKeyDictionary()
+        self._pages: WeakKeyDictionary[KVPool, DescribedPages] = WeakKeyDictionary()
+
+    def can_read(self, pool: KVPool) -> bool:
+        """Whether the native step knows the pages' formats."""
+        return all(can_describe(layer) for sealed in pool.sealed.values() for layer in sealed.layers)
 
     def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """float32 [rows, hidden] -> the same tensor, after all layers."""
         pages = self._pages.get(pool)
         if pages is None:
-            layers = [StackPages(pool.keys(layer), pool.values(layer)) for layer in range(self._num_layers)]
-            pages = self._pages[pool] = self._stack.describe_pages(layers)
-        groups = [StackGroup(group.row_ids, group.block_tables) for group in plan.attention_groups]
-        return self._stack.run(
-            hidden,
-            plan.positions,
-            plan.page_ids,
-            plan.page_offsets,
-            plan.segments,
-            groups,
-            pages,  # type: ignore[arg-type]
-        )
+            pages = self._pages[pool] = self._stack.describe_pages(
+                [self._layer_pages(pool, i) for i in range(self._num_layers)]
+            )
+        if not plan.sealed:
+            groups = [StackGroup(group.row_ids, group.block_tables) for group in plan.attention_groups]
+            return self._stack.run(
+                hidden, plan.positions, plan.page_ids, plan.page_offsets, plan.segments, groups, pages
+            )
+        for part in parts_by_page(plan, list(pool.sealed)):
+            rows = part.row_ids
+            is_all = len(rows) == len(hidden)
+            computed = self._stack.run(
+                hidden if is_all else hidden[rows],
+                plan.positions[rows],
+                plan.page_ids[rows],
+                plan.page_offsets[rows],
+                part.segments,
+                part.groups,
+                pages,
+                part.row_formats,
+            )
+            if not is_all:
+                hidden[rows] = computed
+            for kv_format, seals in part.seals:
+                pool.seal(kv_format, seals)
+        return hidden
+
+    def _layer_pages(self, pool: KVPool, layer: int) -> StackPages:
+        sealed = [describe_layer(of_format.layers[layer]) for of_format in pool.sealed.values()]
+        return StackPages(pool.keys(layer), pool.values(layer), sealed)
 
 
 def native_layers(config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype) -> NativeLayers | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anybit.kernels.cpu.bindings import Segment, Weight, native_library
 from anybit.kernels.cpu.packed import PackedWeight
+from anybit.kernels.cpu.sealed_pages import DescribedSealedPages, StackSealedPages
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _LANES = 16
@@ -69,18 +70,25 @@ class StackLayer:
 
 @dataclass(frozen=True, slots=True)
 class StackPages:
-    """Keys and values of one layer: [pages, kv_heads, 64, head_dim], bfloat16 or float32."""
+    """Exact pages of one layer, [pages, kv_heads, 64, head_dim], bfloat16 or float32; and its sealed ones, by format."""
 
     keys: Tensor
     values: Tensor
+    sealed: Sequence[StackSealedPages] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StackGroup:
-    """Sequences with the same number of new tokens: int64 [seqs, tokens] rows, int64 [seqs, max_pages] pages."""
+    """Sequences with the same number of new tokens: int64 [seqs, tokens] rows, int64 [seqs, max_pages] pages.
+
+    Of the sealed format number `sealed`, a sequence's new tokens lie in one page, which is exact, and pages before it are
+    sealed; `first_pages` int64 [seqs] are those with the first tokens.
+    """
 
     row_ids: Tensor
     block_tables: Tensor
+    sealed: int = -1
+    first_pages: Tensor | None = None
 
 
 class _Linear(ctypes.Structure):
@@ -122,7 +130,12 @@ class _Model(ctypes.Structure):
 
 
 class _Pages(ctypes.Structure):
-    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("number_bytes", ctypes.c_int64)]
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("number_bytes", ctypes.c_int64),
+        ("sealed", ctypes.c_void_p),
+    ]
 
 
 class _Group(ctypes.Structure):
@@ -132,6 +145,8 @@ class _Group(ctypes.Structure):
         ("max_pages", ctypes.c_int64),
         ("row_ids", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
+        ("sealed", ctypes.c_int64),
+        ("first_pages", ctypes.c_void_p),
     ]
 
 
@@ -141,11 +156,25 @@ class _Batch(ctypes.Structure):
         ("positions", ctypes.c_void_p),
         ("page_ids", ctypes.c_void_p),
         ("page_offsets", ctypes.c_void_p),
+        ("row_formats", ctypes.c_void_p),
         ("segments", ctypes.POINTER(Segment)),
         ("num_segments", ctypes.c_int64),
         ("groups", ctypes.POINTER(_Group)),
         ("num_groups", ctypes.c_int64),
     ]
+
+
+class DescribedPages:
+    """Addresses of all layers' pages; keeps the sealed ones' memory alive."""
+
+    def __init__(self, pages: Sequence[StackPages]) -> None:
+        self._alive = [DescribedSealedPages(layer.sealed) for layer in pages]
+        self.layers = (_Pages * len(pages))(
+            *(
+                _Pages(layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.itemsize, sealed.address)
+                for layer, sealed in zip(pages, self._alive, strict=True)
+            )
+        )
 
 
 class LayerStack:
@@ -173,11 +202,9 @@ class LayerStack:
             self._descriptors,
         )
 
-    def describe_pages(self, pages: Sequence[StackPages]) -> "ctypes.Array[_Pages]":
-        """The pages of all layers, as `run` wants them; good as long as their memory lives."""
-        return (_Pages * len(pages))(
-            *(_Pages(layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.itemsize) for layer in pages)
-        )
+    def describe_pages(self, pages: Sequence[StackPages]) -> "DescribedPages":
+        """The pages of all layers, as `run` wants them; good as long as the exact ones' memory lives."""
+        return DescribedPages(pages)
 
     def run(
         self,
@@ -187,11 +214,13 @@ class LayerStack:
         page_offsets: Tensor,
         segments: Sequence[tuple[int, int, int]],
         groups: Sequence[StackGroup],
-        pages: "ctypes.Array[_Pages]",
+        pages: "DescribedPages",
+        row_formats: Tensor | None = None,
     ) -> Tensor:
         """float32 [rows, hidden_size] through all layers, in place; the rows' keys and values are written to their pages.
 
-        positions, page_ids, page_offsets int64 [rows]; segments (bit_width, start, stop) and groups cover all rows.
+        positions, page_ids, page_offsets int64 [rows]; segments (bit_width, start, stop) and groups cover all rows;
+        row_formats int64 [rows] are their groups' `sealed`, None where all are exact.
         """
         described = [
             _Group(
@@ -199,6 +228,8 @@ class LayerStack:
                 group.block_tables.shape[1],
                 group.row_ids.data_ptr(),
                 group.block_tables.data_ptr(),
+                group.sealed,
+                _address(group.first_pages),
             )
             for group in groups
         ]
@@ -207,12 +238,13 @@ class LayerStack:
             positions.data_ptr(),
             page_ids.data_ptr(),
             page_offsets.data_ptr(),
+            _address(row_formats),
             (Segment * len(segments))(*(Segment(*segment) for segment in segments)),
             len(segments),
             (_Group * len(described))(*described),
             len(described),
         )
-        self._native.anybit_stack(ctypes.byref(self._model), ctypes.byref(batch), pages, hidden.data_ptr())
+        self._native.anybit_stack(ctypes.byref(self._model), ctypes.byref(batch), pages.layers, hidden.data_ptr())
         return hidden
 
 

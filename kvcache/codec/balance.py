@@ -46,6 +46,16 @@ class PageBasis:
         self._weights = weights.to(device) if weights is not None and rotates_keys else None
         self._rotates_keys, self._rotates_values = rotates_keys, rotates_values
 
+    @property
+    def signs(self) -> Tensor:
+        """Of the rotation: float32 [head_dim]."""
+        return self._signs
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Of the keys: float32 [kv_heads, head_dim]."""
+        return self._weights
+
     def keys(self, keys: Tensor) -> Tensor:
         """[..., kv_heads, tokens, head_dim] -> float32 of the same shape."""
         if not self._rotates_keys:

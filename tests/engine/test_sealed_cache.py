@@ -1,21 +1,31 @@
 """Sequences whose pages are sealed: the same answer whatever is computed beside them, and near what exact pages give."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from anybit.engine.errors import CapacityError
 from anybit.engine.key_balance import estimate_balance
+from anybit.engine.models.native import NativeLayers
+from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.types import FinishReason
 from anybit.engine.weights.checkpoint import CheckpointReader
-from anybit.engine.weights.loader import NestedLoader
+from anybit.engine.weights.huggingface_source import HuggingFaceSource
+from anybit.engine.weights.loader import DenseLoader, NestedLoader
+from anybit.kernels import fallbacks
+from anybit.kernels.cpu.bindings import instruction_sets, is_native, select_instruction_set, selected_instruction_set
 from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kvcache.slots import slots_needed
 from tests.fixtures.engine import RecordingDecoder, cached_logits, make_cache, make_core, make_request, run
+from tests.fixtures.tiny_families import FAMILIES, tiny_family
 from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
 
-SEALED = ("qet4", "qet2+2/uniform4")
+NATIVE = ("qet4", "qet3/qet2")
+PORTABLE = ("qet4", "qet2+2/uniform4")  # of which the native step does not know one
 SHAPES = [(1, 2), (63, 4), (64, 8), (65, 4), (130, 2), (200, 8), (129, 3)]  # prompt length, width
 NEW_TOKENS = 6
+WHOLE_VECTORS = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +57,14 @@ def answers(decoder, asked, **limits):
     return tokens, recording.logits_of
 
 
+@pytest.fixture(scope="module", params=[NATIVE, PORTABLE], ids=["native", "portable"])
+def formats(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def alone(decoder):
-    found = [answers(decoder, [one], kv_formats=SEALED) for one in requests("bf16", *SEALED)]
+def alone(decoder, formats):
+    found = [answers(decoder, [one], kv_formats=formats) for one in requests("bf16", *formats)]
     return {k: v for part, _ in found for k, v in part.items()}, {k: v for _, part in found for k, v in part.items()}
 
 
@@ -64,8 +79,8 @@ def alone(decoder):
     ],
     ids=str,
 )
-def test_neighbours_chunks_and_preemptions_change_no_logit(decoder, alone, limits):
-    tokens, logits = answers(decoder, requests("bf16", *SEALED), kv_formats=SEALED, **limits)
+def test_neighbours_chunks_and_preemptions_change_no_logit(decoder, formats, alone, limits):
+    tokens, logits = answers(decoder, requests("bf16", *formats), kv_formats=formats, **limits)
     assert tokens == alone[0]
     for name, expected in alone[1].items():
         # Of a preempted sequence some rows come twice.
@@ -86,6 +101,36 @@ def test_a_shared_beginning_is_not_computed_again_and_changes_no_logit(decoder):
         name = request.request_id
         assert tokens[name] == shared[name]
         assert torch.equal(torch.stack(recording.logits_of[name]), torch.stack(logits[name]))
+
+
+@pytest.mark.skipif(not is_native(), reason=NOT_BUILT)
+@pytest.mark.parametrize("kv_format", ["qet4", "qet3", "qet2", "qet2+2", "qet2+2@2", "qet4/qet2"])
+@pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
+def test_the_native_step_reads_what_the_portable_layers_do(tmp_path, model, kv_format):
+    model_type, overrides = model
+    source = HuggingFaceSource(save_llama(tiny_family(model_type, {**overrides, **WHOLE_VECTORS}), tmp_path / "source"))
+    (tmp_path / "checkpoint").mkdir()
+    quantize(source, tmp_path / "checkpoint", QuantizeOptions(method="rtn"))
+    native = decoder_of(source.config, NestedLoader(CheckpointReader(tmp_path / "checkpoint"), (8,), 8, "cpu"))
+    assert isinstance(native.native, NativeLayers)
+    tokens = prompt(200, seed=8)
+    before = fallbacks.snapshot()
+    got = cached_logits(native, tokens, 150, 8, kv_format)
+    assert fallbacks.snapshot() == before
+    expected = cached_logits(replace(native, native=None), tokens, 150, 8, kv_format)
+    # Numbers in exact pages are rounded to 8 bits, and now and then to the other side; so is what is sealed.
+    assert float((got - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.skipif(not is_native(), reason=NOT_BUILT)
+def test_every_instruction_set_gives_the_same_logits(decoder):
+    tokens, before = prompt(150, seed=6), selected_instruction_set()
+    found = []
+    for name in instruction_sets():
+        select_instruction_set(name)
+        found.append(cached_logits(decoder, tokens, 130, 4, "qet3/qet4"))
+    select_instruction_set(before)
+    assert all(torch.equal(logits, found[0]) for logits in found)
 
 
 def test_logits_are_the_nearer_to_those_of_exact_pages_the_more_bits_there_are(decoder):
@@ -109,7 +154,6 @@ def test_a_row_that_is_not_finite_fails_its_own_sequence_alone(tmp_path):
     model = tiny_llama()
     model.model.embed_tokens.weight.data[poison] = torch.nan
     from anybit.engine.weights.huggingface_source import HuggingFaceSource
-    from anybit.engine.weights.loader import DenseLoader
 
     source = HuggingFaceSource(save_llama(model, tmp_path))
     dense = decoder_of(source.config, DenseLoader(source))

@@ -129,6 +129,8 @@ struct QueryHeads {
     float* states;    // [heads, state_floats]
     float* scores;    // [heads, kPageTokens]: scores, then weights
     float* rescales;  // [heads]
+    const float* norms;  // [kPageTokens], of a sealed page's keys, else null
+    const float* means;  // [heads], products of a sealed page's mean
 
     // Scores of 16 tokens of a page; `head` is the first of kQueries.
     template <bool kIsBf16, int kQueries>
@@ -141,7 +143,9 @@ struct QueryHeads {
         for (; d < dim; d += kBlockRows)
             add_products<kIsBf16, kQueries, 1>(q + head * dim, keys, dim, d, ahead.if_first(head == 0 && d == 0), products);
         for (int n = 0; n < kQueries; ++n) {
-            Floats dots = mul(sum_lanes_of_each(products + n * kBlockRows), broadcast(model.attention_scale));
+            Floats dots = sum_lanes_of_each(products + n * kBlockRows);
+            if (norms != nullptr) dots = fma(dots, load_floats(norms + first), broadcast(means[head + n]));
+            dots = mul(dots, broadcast(model.attention_scale));
             if (model.softcap != 0.0f) dots = soft_capped(dots, model.softcap);
             store_floats(scores + (head + n) * kPageTokens + first, masked_scores(dots, seen, first));
         }
@@ -181,6 +185,33 @@ struct QueryHeads {
 constexpr int kMaxQueries = 4;             // whose sums fit into registers
 constexpr int64_t kAhead = 4 * kBlockRows;  // memory is asked for tokens so long before they are read
 
+// A page of one key head while a run's queries are computed against it.
+struct PageOfRun {
+    const uint8_t *keys, *values;            // exact: [kPageTokens, head_dim]; sealed: the records
+    const uint8_t *next_keys, *next_values;  // of the page after it
+    const uint8_t *first_keys, *first_values;  // where the first tokens are exact; null: not in this page
+    const SealedPages* sealed;               // null: exact
+};
+
+// Where a sealed page is unpacked, 16 tokens at a time.
+struct SealedScratch {
+    float *tokens, *key_norms, *value_norms, *mean, *means;
+
+    explicit SealedScratch(float* from)
+        : tokens(from), key_norms(tokens + kBlockRows * kMaxHeadDim), value_norms(key_norms + kPageTokens),
+          mean(value_norms + kPageTokens), means(mean + kMaxHeadDim) {}
+
+    const uint8_t* unpack(const PairCode& code, const uint8_t* record, const uint8_t* exact, int64_t exact_tokens, int64_t first,
+                          int64_t dim, const float* less) const {
+        read_pairs(code, record, first, dim, tokens);
+        if (exact != nullptr && first == 0) read_exactly(exact, exact_tokens, dim, less, tokens);
+        return (const uint8_t*)tokens;
+    }
+    static void make_exact(float* norms, const uint8_t* exact, int64_t exact_tokens) {
+        for (int64_t token = 0; exact != nullptr && token < exact_tokens; ++token) norms[token] = 1.0f;
+    }
+};
+
 template <bool kIsBf16>
 static void attend_run(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages,
                        const AttentionGroup& group, const AttentionItem& item, int64_t run, const float* qkv, float* states,
@@ -191,60 +222,113 @@ static void attend_run(const Model& model, const Layer& layer, const Batch& batc
     const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
     const int64_t* table = group.block_tables + item.seq * group.max_pages;
     const int64_t num_queries = (item.last - item.first) * heads;
+    const SealedScratch unpacked(scratch + scores_floats(num_queries));
     for (int64_t query = 0; query < num_queries; ++query) {
         float* state = states + query * stride;
         for (int64_t i = 0; i < stride; ++i) state[i] = 0.0f;
         largest_of(state) = -__builtin_inff();
     }
-    const auto heads_of = [&](int64_t token) {
+    const auto heads_of = [&](int64_t token, bool is_sealed) {
         const int64_t query = (token - item.first) * heads;
         return QueryHeads{model, qkv + rows[token] * width + item.kv_head * heads * dim, states + query * stride,
-                          scratch + query * kPageTokens, scratch + num_queries * kPageTokens + query};
+                          scratch + query * kPageTokens, scratch + num_queries * kPageTokens + query,
+                          is_sealed ? unpacked.key_norms : nullptr, unpacked.means + query};
     };
-    const int64_t last_position = batch.positions[rows[item.last - 1]];
+    const int64_t last_position = batch.positions[rows[item.last - 1]], own_page = last_position / kPageTokens;
     const int64_t oldest_seen = layer.window > 0 ? batch.positions[rows[item.first]] - layer.window + 1 : 0;
-    for (int64_t page = run * kRunPages; page < (run + 1) * kRunPages && page * kPageTokens <= last_position; ++page) {
-        const int64_t start = page * kPageTokens;
+    const auto page_of_run = [&](int64_t number) {
+        const int64_t next = number + 1 < group.max_pages ? number + 1 : number;
+        const auto head_of = [&](const uint8_t* all, int64_t page, int64_t bytes) {
+            return all + (table[page] * kv_heads + item.kv_head) * bytes;
+        };
+        if (group.sealed < 0 || number >= own_page) {
+            const int64_t bytes = kPageTokens * dim * kNumberBytes;
+            return PageOfRun{head_of(pages.keys, number, bytes), head_of(pages.values, number, bytes),
+                             head_of(pages.keys, next, bytes), head_of(pages.values, next, bytes), nullptr, nullptr, nullptr};
+        }
+        const SealedPages& sealed = pages.sealed[group.sealed];
+        const int64_t later = next < own_page ? next : number;
+        const int64_t first = number == 0 ? group.first_pages[item.seq] * kv_heads + item.kv_head : -1;
+        return PageOfRun{head_of(sealed.keys, number, sealed.key_bytes), head_of(sealed.values, number, sealed.value_bytes),
+                         head_of(sealed.keys, later, sealed.key_bytes), head_of(sealed.values, later, sealed.value_bytes),
+                         first < 0 ? nullptr : sealed.keys + first * sealed.key_bytes,
+                         first < 0 ? nullptr : sealed.values + first * sealed.value_bytes, &sealed};
+    };
+    for (int64_t number = run * kRunPages; number < (run + 1) * kRunPages && number <= own_page; ++number) {
+        const int64_t start = number * kPageTokens;
         if (start + kPageTokens <= oldest_seen) continue;
         const int64_t written = last_position - start + 1 < kPageTokens ? last_position - start + 1 : kPageTokens;
         const auto seen_by = [&](int64_t token) { return Seen(batch.positions[rows[token]], layer.window, start); };
-        const auto place = [&](const uint8_t* numbers, int64_t of_page) {
-            return numbers + (table[of_page] * kv_heads + item.kv_head) * kPageTokens * dim * kNumberBytes;
-        };
-        const uint8_t *keys = place(pages.keys, page), *values = place(pages.values, page);
-        const uint8_t* next_keys = place(pages.keys, page + 1 < group.max_pages ? page + 1 : page);
+        const PageOfRun page = page_of_run(number);
+        const SealedPages* sealed = page.sealed;
         // What is read kAhead tokens after token `first`.
         const auto after = [&](const uint8_t* numbers, const uint8_t* next, int64_t first) {
             const int64_t wanted = first + kAhead, token_bytes = dim * kNumberBytes;
+            if (sealed != nullptr) return Ahead{numbers, 0};
             return Ahead{wanted < kPageTokens ? numbers + wanted * token_bytes : next + (wanted - kPageTokens) * token_bytes,
                          token_bytes};
         };
+        if (sealed != nullptr) {
+            ask_for(page.next_keys, sealed->key_bytes);
+            ask_for(page.next_values, sealed->value_bytes);
+            read_norms(sealed->key_code, page.keys, unpacked.key_norms);
+            read_norms(sealed->value_code, page.values, unpacked.value_norms);
+            unpacked.make_exact(unpacked.key_norms, page.first_keys, sealed->exact_tokens);
+            unpacked.make_exact(unpacked.value_norms, page.first_values, sealed->exact_tokens);
+            read_mean(sealed->key_code, page.keys, dim, unpacked.mean);
+            for (int64_t token = item.first; token < item.last; ++token)
+                for (int64_t head = 0; head < heads; ++head) {
+                    const float* q = heads_of(token, true).q + head * dim;
+                    Floats sums = broadcast(0.0f);
+                    for (int64_t d = 0; d < dim; d += kBlockRows) sums = fma(load_floats(q + d), load_floats(unpacked.mean + d), sums);
+                    unpacked.means[(token - item.first) * heads + head] = sum_lanes(sums);
+                }
+        }
         for (int64_t first = 0; first < written; first += kBlockRows) {
-            const Ahead ahead = after(keys, values, first);
+            const uint8_t* keys = page.keys + first * dim * kNumberBytes;
+            if (sealed != nullptr)
+                keys = unpacked.unpack(sealed->key_code, page.keys, page.first_keys, sealed->exact_tokens, first, dim, unpacked.mean);
+            const Ahead ahead = after(page.keys, page.values, first);
             for (int64_t token = item.first; token < item.last; ++token) {
                 int64_t head = 0;
                 const Seen seen = seen_by(token);
-                if (seen.touches(first))
-                    heads_of(token).template score_all<kIsBf16, kMaxQueries>(head, heads, keys + first * dim * kNumberBytes,
-                                                                             seen, first, ahead.if_first(token == item.first));
+                if (!seen.touches(first)) continue;
+                const QueryHeads own = heads_of(token, sealed != nullptr);
+                if (sealed != nullptr)
+                    own.template score_all<false, kMaxQueries>(head, heads, keys, seen, first, ahead);
+                else
+                    own.template score_all<kIsBf16, kMaxQueries>(head, heads, keys, seen, first, ahead.if_first(token == item.first));
             }
         }
         for (int64_t token = item.first; token < item.last; ++token) {
             const Seen seen = seen_by(token);
-            const QueryHeads own = heads_of(token);
-            for (int64_t head = 0; head < heads && seen.begin < seen.end; ++head)
-                own.rescales[head] = first_lane(weigh(own.scores + head * kPageTokens, seen, own.states + head * stride));
+            const QueryHeads own = heads_of(token, sealed != nullptr);
+            for (int64_t head = 0; head < heads && seen.begin < seen.end; ++head) {
+                float* weights = own.scores + head * kPageTokens;
+                own.rescales[head] = first_lane(weigh(weights, seen, own.states + head * stride));
+                for (int64_t first = 0; sealed != nullptr && first < kPageTokens; first += kBlockRows)
+                    if (seen.touches(first))
+                        store_floats(weights + first, mul(load_floats(weights + first), load_floats(unpacked.value_norms + first)));
+            }
         }
+        for (int64_t d = 0; sealed != nullptr && d < dim; ++d) unpacked.mean[d] = 0.0f;  // values have none
         for (int64_t first = 0; first < written; first += kBlockRows) {
-            const Ahead ahead = after(values, next_keys, first);
+            const uint8_t* values = page.values + first * dim * kNumberBytes;
+            if (sealed != nullptr)
+                values = unpacked.unpack(sealed->value_code, page.values, page.first_values, sealed->exact_tokens, first, dim,
+                                         unpacked.mean);
+            const Ahead ahead = after(page.values, page.next_keys, first);
             const int64_t count = written - first < kBlockRows ? written - first : kBlockRows;
             for (int64_t token = item.first; token < item.last; ++token) {
                 int64_t head = 0;
                 const Seen seen = seen_by(token);
-                if (seen.touches(first))
-                    heads_of(token).template add_all<kIsBf16, kMaxQueries>(head, heads, values + first * dim * kNumberBytes,
-                                                                           count, seen, first,
-                                                                           ahead.if_first(token == item.first));
+                if (!seen.touches(first)) continue;
+                const QueryHeads own = heads_of(token, sealed != nullptr);
+                if (sealed != nullptr)
+                    own.template add_all<false, kMaxQueries>(head, heads, values, count, seen, first, ahead);
+                else
+                    own.template add_all<kIsBf16, kMaxQueries>(head, heads, values, count, seen, first,
+                                                               ahead.if_first(token == item.first));
             }
         }
     }
@@ -272,8 +356,8 @@ static void merge_states(float* into, const float* from, int64_t count, int64_t 
     }
 }
 
-static void write_attended(const Model& model, const AttentionGroup& group, const AttentionItem& item, const float* states,
-                           float* out) {
+static void write_attended(const Model& model, const Pages& pages, const AttentionGroup& group, const AttentionItem& item,
+                           const float* states, float* out) {
     const int64_t dim = model.head_dim, queries_per_head = model.num_heads / model.num_kv_heads;
     const int64_t* rows = group.row_ids + item.seq * group.num_tokens;
     for (int64_t token = item.first; token < item.last; ++token)
@@ -282,5 +366,6 @@ static void write_attended(const Model& model, const AttentionGroup& group, cons
             const Floats sum = broadcast(states[1]);
             for (int64_t d = 0; d < dim; d += kBlockRows)
                 store_floats(result + d, div(load_floats(states + kStateHead + d), sum));
+            if (group.sealed >= 0) from_basis(result, pages.sealed[group.sealed].signs, dim);
         }
 }

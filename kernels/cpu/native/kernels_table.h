@@ -3,6 +3,8 @@
 
 #include "linear_kernel.h"
 #include "activations_kernel.h"
+#include "exp_kernel.h"
+#include "sealed_kernel.h"
 #include "layer_kernel.h"
 #include "attention_kernel.h"
 #include "choose_codes_kernel.h"

@@ -3,23 +3,6 @@
 // Sums go lane by lane along a row and then across the lanes in one fixed tree. A row's result depends on its own inputs
 // alone, and is the same on every instruction set.
 
-// e^x to about 1e-7 for x <= 88; 0 below -87 (Cody and Waite's reduction, a polynomial of degree 6).
-static inline Floats exp_floats(Floats x) {
-    x = max(x, broadcast(-87.0f));
-    const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding and taking it away rounds to a whole number
-    const Floats n = add(fma(x, broadcast(1.44269504f), magic), broadcast(-12582912.0f));
-    Floats r = fma(n, broadcast(-0.693359375f), x);
-    r = fma(n, broadcast(2.12194440e-4f), r);
-    Floats p = broadcast(1.9875691500e-4f);
-    p = fma(p, r, broadcast(1.3981999507e-3f));
-    p = fma(p, r, broadcast(8.3334519073e-3f));
-    p = fma(p, r, broadcast(4.1665795894e-2f));
-    p = fma(p, r, broadcast(1.6666665459e-1f));
-    p = fma(p, r, broadcast(5.0000001201e-1f));
-    p = fma(mul(p, r), r, add(r, broadcast(1.0f)));
-    return scaled_by_power(p, n);
-}
-
 static void rms_norm(const float* x, const float* weight, int64_t first, int64_t last, int64_t size, float eps,
                      float* out) {
     for (int64_t row = first; row < last; ++row) {
@@ -67,6 +50,8 @@ static void rotate_and_write(const Model& model, const Layer& layer, const Batch
         const float* cosines = layer.cosines + batch.positions[row] * (dim / 2);
         const float* sines = layer.sines + batch.positions[row] * (dim / 2);
         for (int64_t head = 0; head < heads + kv_heads; ++head) rotate(projected + head * dim, cosines, sines, dim / 2);
+        if (batch.row_formats != nullptr && batch.row_formats[row] >= 0)
+            row_to_basis(model, pages.sealed[batch.row_formats[row]], projected);
         for (int64_t head = 0; head < kv_heads; ++head) {
             const int64_t index =
                 ((batch.page_ids[row] * kv_heads + head) * kPageTokens + batch.page_offsets[row]) * dim;

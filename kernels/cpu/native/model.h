@@ -14,8 +14,10 @@ constexpr int kStateHead = 16;  // floats before the values of a query's state: 
 
 constexpr int64_t state_floats(int64_t head_dim) { return kStateHead + head_dim; }
 // Floats of working memory, a multiple of 16, that `attend` needs.
+constexpr int64_t scores_floats(int64_t queries) { return queries * kPageTokens + (queries + 15) / 16 * 16; }
 constexpr int64_t attend_scratch_floats(int64_t queries) {
-    return queries * kPageTokens + (queries + 15) / 16 * 16;
+    // Sealed pages: 16 tokens, norms of keys and of values, the mean, and its products with the queries.
+    return scores_floats(queries) + 16 * kMaxHeadDim + 2 * kPageTokens + kMaxHeadDim + (queries + 15) / 16 * 16;
 }
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
@@ -52,20 +54,48 @@ struct Model {
     const Layer* layers;
 };
 
-// Pages of one layer: [pages, kv_heads, kPageTokens, head_dim], bfloat16 or float32.
+// How sealed records of keys or values are read (kernels/page_layout.py): a record begins with kPageTokens tokens' codes of
+// `bits` bits for a pair of numbers, further fields lie at these bytes.
+struct PairCode {
+    const float* pairs;  // what a code stands for, [2^bits, 2]; of 4 bits what two codes of a byte do, [256, 4]
+    int64_t bits;        // 4, 6 or 8
+    int64_t norms;       // [kPageTokens] bytes
+    int64_t norm_range;  // log2 of the lowest and the step, in half precision
+    int64_t mean;        // [head_dim] bytes; -1: none
+    int64_t mean_range;
+};
+
+// Sealed pages of one layer: records [pages, kv_heads, bytes]. Vectors are in another basis: signs [head_dim] and a Hadamard
+// rotation, before which keys are multiplied by weights [kv_heads, head_dim] (null: none) and queries divided by them.
+struct SealedPages {
+    const uint8_t* keys;
+    const uint8_t* values;
+    int64_t key_bytes;
+    int64_t value_bytes;
+    PairCode key_code, value_code;
+    int64_t exact_tokens;  // of a sequence, in bfloat16 in a page of their own
+    const float* weights;
+    const float* signs;
+};
+
+// Exact pages of one layer: [pages, kv_heads, kPageTokens, head_dim], bfloat16 or float32. And its sealed ones, by format.
 struct Pages {
     uint8_t* keys;
     uint8_t* values;
     int64_t number_bytes;  // 2 or 4
+    const SealedPages* sealed;
 };
 
-// Sequences with the same number of new tokens.
+// Sequences with the same number of new tokens. Of a sealed format, all new tokens of a sequence lie in one page, which is an
+// exact one, and the pages before it are sealed ones.
 struct AttentionGroup {
     int64_t num_seqs;
     int64_t num_tokens;
     int64_t max_pages;
     const int64_t* row_ids;       // [seqs, tokens]
     const int64_t* block_tables;  // [seqs, max_pages]
+    int64_t sealed;               // which of the layer's sealed pages; -1: none
+    const int64_t* first_pages;   // [seqs], sealed pages that hold the sequences' first tokens exactly
 };
 
 // Tokens first .. last-1 of one of a group's sequences, for the query heads of one key head.
@@ -81,6 +111,7 @@ struct Batch {
     const int64_t* positions;     // [rows]
     const int64_t* page_ids;      // [rows]
     const int64_t* page_offsets;  // [rows]
+    const int64_t* row_formats;   // [rows], as of AttentionGroup; null: all are exact
     const Segment* segments;
     int64_t num_segments;
     const AttentionGroup* groups;

@@ -121,8 +121,8 @@ struct Kernels {
     // out = x / sqrt(mean(x^2) + eps) * weight per row of `size` numbers, a multiple of 16; in place if out == x.
     void (*rms_norm)(const float* x, const float* weight, int64_t first, int64_t last, int64_t size, float eps,
                      float* out);
-    // Norms and rotates queries and keys of the fused projection [rows, heads + 2 kv_heads, head_dim] in place and
-    // writes keys and values to their pages.
+    // Norms and rotates queries and keys of the fused projection [rows, heads + 2 kv_heads, head_dim] in place, takes rows of
+    // sealed formats to their basis, and writes keys and values to their pages.
     void (*rotate_and_write)(const Model& model, const Layer& layer, const Batch& batch, const Pages& pages, float* qkv,
                              int64_t first, int64_t last);
     // New tokens first .. last-1 of one sequence against one key head of the pages of one run (kRunPages): into `states`,
@@ -133,7 +133,7 @@ struct Kernels {
     // into = softmax over what both have seen; `states` of `count` queries each.
     void (*merge_states)(float* into, const float* from, int64_t count, int64_t head_dim);
     // The states' weighted means, to their places in out [rows, heads * head_dim].
-    void (*write_attended)(const Model& model, const AttentionGroup& group, const AttentionItem& item,
+    void (*write_attended)(const Model& model, const Pages& pages, const AttentionGroup& group, const AttentionItem& item,
                            const float* states, float* out);
     // out [rows, size] = activation(gate) * up of the fused projection [rows, 2 size].
     void (*gate)(int64_t activation, const float* gate_up, int64_t first, int64_t last, int64_t size, float* out);

@@ -109,7 +109,7 @@ class AttentionTask {
         for (int64_t index = team.index(); index < num_tiles_; index += team.size()) attend(layer, pages, qkv, out, index, scratch);
         if (num_merges_ == 0) return;
         team.wait_for_all();
-        for (int64_t index = team.first(num_merges_); index < team.last(num_merges_); ++index) merge(index, out);
+        for (int64_t index = team.first(num_merges_); index < team.last(num_merges_); ++index) merge(pages, index, out);
     }
 
   private:
@@ -151,10 +151,10 @@ class AttentionTask {
             kernels_.attend(model_, layer, batch_, pages, group, item, run, qkv, run == 0 ? total : own, scratch);
             if (run > 0) kernels_.merge_states(total, own, count, model_.head_dim);
         }
-        kernels_.write_attended(model_, group, item, total, out);
+        kernels_.write_attended(model_, pages, group, item, total, out);
     }
 
-    void merge(int64_t index, float* out) {
+    void merge(const Pages& pages, int64_t index, float* out) {
         const int64_t floats = queries_ * state_floats(model_.head_dim);
         float* states = run_states_;
         for (int64_t number = 0; number < batch_.num_groups; ++number) {
@@ -170,7 +170,7 @@ class AttentionTask {
             for (int64_t run = 1; run < runs; ++run)
                 kernels_.merge_states(states, states + run * floats, queries_, model_.head_dim);
             const AttentionItem item = {index / model_.num_kv_heads, index % model_.num_kv_heads, 0, 1};
-            kernels_.write_attended(model_, group, item, states, out);
+            kernels_.write_attended(model_, pages, group, item, states, out);
             return;
         }
     }

@@ -1,0 +1,99 @@
+"""Sealed pages of a layer as the native step reads them."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.page_layout import pair_layout
+
+_BYTE_LOOKUP_BITS = 4  # codes so small are looked up two at a time
+
+
+@dataclass(frozen=True, slots=True)
+class PairRecords:
+    """Records uint8 [pages, kv_heads, bytes] of ordered pairs, and what their codes stand for, float32 [2^bits, 2]."""
+
+    records: Tensor
+    levels: Tensor
+    has_mean: bool
+
+    @property
+    def code_bits(self) -> int:
+        return (len(self.levels) - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class StackSealedPages:
+    """One layer's pages of a sealed format, with `exact_tokens` of a sequence as they were.
+
+    Vectors are rotated with `signs` [head_dim], keys before that multiplied by `weights` [kv_heads, head_dim] (None: not).
+    """
+
+    keys: PairRecords
+    values: PairRecords
+    exact_tokens: int
+    weights: Tensor | None
+    signs: Tensor
+
+
+class _PairCode(ctypes.Structure):
+    _fields_ = [
+        ("pairs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bits", "norms", "norm_range", "mean", "mean_range")),
+    ]
+
+
+class _SealedPages(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_bytes", ctypes.c_int64),
+        ("value_bytes", ctypes.c_int64),
+        ("key_code", _PairCode),
+        ("value_code", _PairCode),
+        ("exact_tokens", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p),
+    ]
+
+
+class DescribedSealedPages:
+    """Addresses of a layer's sealed pages, by format; keeps their memory alive."""
+
+    def __init__(self, formats: Sequence[StackSealedPages]) -> None:
+        self._alive: list[Tensor] = []
+        self._array = (_SealedPages * max(1, len(formats)))(*map(self._describe, formats))
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._array)
+
+    def _describe(self, pages: StackSealedPages) -> _SealedPages:
+        head_dim = len(pages.signs)
+        return _SealedPages(
+            self._kept(pages.keys.records),
+            self._kept(pages.values.records),
+            pages.keys.records.shape[-1],
+            pages.values.records.shape[-1],
+            self._code(pages.keys, head_dim),
+            self._code(pages.values, head_dim),
+            pages.exact_tokens,
+            None if pages.weights is None else self._kept(pages.weights.to(torch.float32).contiguous()),
+            self._kept(pages.signs.to(torch.float32).contiguous()),
+        )
+
+    def _code(self, part: PairRecords, head_dim: int) -> _PairCode:
+        offsets = pair_layout(part.code_bits, part.has_mean, head_dim).offsets
+        levels = part.levels.to(torch.float32).contiguous()
+        if part.code_bits == _BYTE_LOOKUP_BITS:  # the first code of a byte has its lowest bits
+            byte = torch.arange(256)
+            levels = torch.cat((levels[byte % 16], levels[byte // 16]), dim=1)
+        fields = (offsets["norms"], offsets["norm_range"], offsets.get("mean", -1), offsets.get("mean_range", -1))
+        return _PairCode(self._kept(levels), part.code_bits, *fields)
+
+    def _kept(self, tensor: Tensor) -> int:
+        self._alive.append(tensor)
+        return tensor.data_ptr()
