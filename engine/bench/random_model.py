@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from anybit.engine.bench.shapes import Shape
 from anybit.engine.bench.subject import DecodeSubject
 from anybit.engine.config import EngineConfig
 from anybit.engine.core import EngineCore
+from anybit.engine.kv_cache import build_cache
 from anybit.engine.layers.embedding import DenseVocabulary, NestedVocabulary, VocabularyTable
 from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
 from anybit.engine.machine import describe_device, keep_freed_memory, physical_cores, resolve_device, use_threads
@@ -21,9 +23,6 @@ from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.kernels import dispatch, layout
-from anybit.kvcache.books import PageBooks
-from anybit.kvcache.pool import KVPool
-from anybit.kvcache.spec import KVSpec
 
 _GROUP_SIZE = 128
 UNQUANTIZED = 16
@@ -102,13 +101,12 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     loader = RandomLoader(model, bit_widths, config.lm_head_bits, device)
     dtype = torch.bfloat16 if device.type == "cuda" or bit_widths == (UNQUANTIZED,) else torch.float32
     decoder = build_decoder(model, loader, context, dtype, device, is_fast=config.reproducible is False)
-    spec = KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, config.kv_format)
-    num_pages = (config.max_num_seqs + 1) * spec.pages_for(context)
+    books, pool = build_cache(
+        replace(config, max_num_seqs=config.max_num_seqs + 1), model, context, device, lambda: None
+    )
     core = EngineCore(
-        Runner(decoder, KVPool(spec, num_pages, device)),
-        Scheduler(
-            PageBooks.of(spec, num_pages), SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)
-        ),
+        Runner(decoder, pool),
+        Scheduler(books, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)),
         context,
         WeightTraffic(loader.linear_bytes, loader.part_bytes, loader.head_bytes),
     )
@@ -119,7 +117,7 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
         device=device,
         device_name=describe_device(device),
         vocab_size=model.vocab_size,
-        kv_format=spec.format,
-        kv_bytes_per_token=spec.bytes_per_token,
+        kv_format=config.kv_format,
+        kv_bytes_per_token=books.formats[config.kv_format].spec.bytes_per_token,
         weight_bytes={width: loader.linear_bytes[width] + loader.head_bytes for width in bit_widths},
     )

@@ -24,6 +24,7 @@ from anybit.server.commands.options import (
     parse_batches,
     parse_bit_widths,
     parse_group_size,
+    parse_kv_formats,
 )
 from anybit.server.commands.preparation import ensure_prepared, stage_progress
 
@@ -48,6 +49,7 @@ def decode(
     lm_head_bits: LmHeadBitsOption = 8,
     threads: ThreadsOption = 0,
     device: DeviceOption = "auto",
+    kv_format: Annotated[str, typer.Option(help="Formats of keys and values: bf16,qet4, or all.")] = "bf16",
     method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
@@ -97,9 +99,12 @@ def decode(
 
     # Every prompt takes a few steps, in which those before it go on.
     needed = context + steps + max(batches) * (context // _FEWEST_STEP_TOKENS + 2) + _ROOM
-    subject = loaded_subject(config) if shape is None else random_subject(shape, config, needed)
     alone = [(width,) for width in bit_widths]
-    measured = [(subject, alone if mixed is None else [*alone, mixed_widths])]
+    measured = []
+    for name in parse_kv_formats(kv_format):
+        of_format = replace(config, kv_format=name)
+        subject = loaded_subject(of_format) if shape is None else random_subject(shape, of_format, needed)
+        measured.append((subject, alone if mixed is None else [*alone, mixed_widths]))
     if shape is not None and beside_bf16:
         of_floats = replace(config, bit_widths=(UNQUANTIZED,), default_bit_width=UNQUANTIZED)
         measured.append((random_subject(shape, of_floats, needed), [(UNQUANTIZED,)]))
@@ -124,11 +129,12 @@ def _check_shape(shape: str | None, random_weights: bool, model: str | None) -> 
 def _table(report: dict[str, Any]) -> Table:
     title = f"{report['shape']} on {report['device']}, copy bandwidth {report['copy_gb_per_second']:.1f} GB/s"
     table = Table(
-        "bits", "batch", "context", "tokens/s", "ms/step", "MiB of weights/step", "share of floor", title=title
+        "bits", "KV", "batch", "context", "tokens/s", "ms/step", "MiB of weights/step", "share of floor", title=title
     )
     for row in report["rows"]:
         table.add_row(
             str(row["bit_width"]),
+            row["kv_format"],
             str(row["batch"]),
             str(row["context"]),
             f"{row['tokens_per_second']:.1f}",

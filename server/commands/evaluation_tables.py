@@ -8,12 +8,13 @@ from rich.table import Table
 def text_table(report: dict[str, Any]) -> Table:
     title = f"{report['model']} on {report['text']}: {report['tokens']} tokens, context {report['context']}"
     table = Table(
-        "bits", "scheme", "effective bits", "perplexity", "KL (nats)", "top-1 agreement", "seconds", title=title
+        "bits", "scheme", "KV", "effective bits", "perplexity", "KL (nats)", "top-1 agreement", "seconds", title=title
     )
     for row in report["results"]:
         table.add_row(
             _bits(row),
             row["scheme"],
+            row["kv_format"] or "",
             _optional(row["effective_bits"], ".2f"),
             f"{row['perplexity']:,.3f}",
             _optional(row["kl"], ".4f"),

@@ -14,10 +14,11 @@ from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import DenseLoader, NestedLoader
 from anybit.kernels import fallbacks
-from anybit.kernels.cpu.bindings import instruction_sets, is_native, select_instruction_set, selected_instruction_set
+from anybit.kernels.cpu.bindings import instruction_sets, select_instruction_set, selected_instruction_set
 from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kvcache.slots import slots_needed
 from tests.fixtures.engine import RecordingDecoder, cached_logits, make_cache, make_core, make_request, run
+from tests.fixtures.native import native_only
 from tests.fixtures.tiny_families import FAMILIES, tiny_family
 from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
 
@@ -103,7 +104,7 @@ def test_a_shared_beginning_is_not_computed_again_and_changes_no_logit(decoder):
         assert torch.equal(torch.stack(recording.logits_of[name]), torch.stack(logits[name]))
 
 
-@pytest.mark.skipif(not is_native(), reason=NOT_BUILT)
+@native_only
 @pytest.mark.parametrize("kv_format", ["qet4", "qet3", "qet2", "qet2+2", "qet2+2@2", "qet4/qet2"])
 @pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
 def test_the_native_step_reads_what_the_portable_layers_do(tmp_path, model, kv_format):
@@ -122,7 +123,7 @@ def test_the_native_step_reads_what_the_portable_layers_do(tmp_path, model, kv_f
     assert float((got - expected).norm() / expected.norm()) < 0.05
 
 
-@pytest.mark.skipif(not is_native(), reason=NOT_BUILT)
+@native_only
 def test_every_instruction_set_gives_the_same_logits(decoder):
     tokens, before = prompt(150, seed=6), selected_instruction_set()
     found = []
