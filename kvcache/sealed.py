@@ -74,7 +74,8 @@ class SealedPages:
 
 def _encoded(codec: PageCodec, rows: Tensor) -> Tensor:
     is_finite = torch.isfinite(rows).flatten(-2).all(-1)
-    fields = codec.encode(rows.float().masked_fill(~is_finite[..., None, None], 0))
+    # Codes of zeros would stand for zeros whatever the ranges say.
+    fields = codec.encode(rows.float().masked_fill(~is_finite[..., None, None], 1.0))
     ranges = {
         name: part.masked_fill(~is_finite[..., None], torch.nan)
         for name, part in fields.items()

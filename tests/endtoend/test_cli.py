@@ -166,6 +166,38 @@ def test_bench_decode_json_has_the_contracted_shape(tiny_checkpoint: Path, cache
     assert keys <= report["rows"][0].keys()
 
 
+def test_bench_decode_measures_every_kv_format(tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "decode.json"
+    result = run_anybit(
+        "bench", "decode", tiny_checkpoint, "--bit-width", "4", "--batch", "1", "--context", "70", "--steps", "2",
+        "--rounds", "1", "--kv-format", "bf16,qet4", "--json", out, cache=cache,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [row["kv_format"] for row in json.loads(out.read_text())["rows"]] == ["bf16", "qet4"]
+
+
+def test_bench_kv_compares_formats_with_bf16(tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kv.json"
+    result = run_anybit(
+        "bench", "kv", tiny_checkpoint, "--kv-format", "qet4,uniform8", "--context", "256", "--max-tokens", "512",
+        "--json", out, cache=cache,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = {row["kv_format"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["bf16", "qet4", "uniform8"]
+    assert (rows["bf16"]["kl"], rows["bf16"]["top1_agreement"], rows["bf16"]["key_bits"]) == (0, 1, 16)
+    assert rows["qet4"]["kl"] > rows["uniform8"]["kl"] > 0
+    assert 4 < rows["qet4"]["value_bits"] < rows["qet4"]["key_bits"] < 5.5
+    assert rows["qet4"]["capacity"]["8192"] > 2.5
+
+
+@pytest.mark.parametrize("command", [("bench", "kv"), ("bench", "decode"), ("eval",)])
+def test_unknown_kv_formats_are_wrong_usage(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*command, "--kv-format", "bf16,int4"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "'int4' is not one of" in result.output
+
+
 def test_bench_kernels_json_has_the_contracted_shape(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     result = run_anybit(

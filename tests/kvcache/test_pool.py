@@ -33,6 +33,11 @@ def test_spec_counts_the_bytes_of_keys_and_values_over_all_layers(kv_format, dty
     assert spec.page_bytes == 64 * bytes_per_token
 
 
+@pytest.mark.parametrize(("num_tokens", "pages"), [(0, 0), (1, 2), (64, 2), (65, 3)])
+def test_sealed_formats_have_one_page_more_for_the_first_tokens(num_tokens, pages):
+    assert SPEC.of_format("qet4").pages_for(num_tokens) == pages
+
+
 @pytest.mark.parametrize(("num_tokens", "pages"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (129, 3)])
 def test_pages_for_rounds_up(num_tokens, pages):
     assert PAGE_SIZE == 64

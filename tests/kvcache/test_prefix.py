@@ -51,6 +51,16 @@ def test_keys_do_not_depend_on_when_they_are_asked_for():
     ]
 
 
+@given(tokens, tokens)
+def test_the_page_of_first_tokens_has_a_key_of_its_own_that_follows_from_the_first_page(token_ids, others):
+    keys, plain = PageKeys(ROOT, has_first=True).first(3, token_ids), keys_of(token_ids)
+    assert keys[1:] == plain
+    assert keys[0] not in plain
+    assert PageKeys(ROOT, has_first=True).first(0, token_ids) == []
+    same_first = token_ids[:PAGE_SIZE] == others[:PAGE_SIZE]
+    assert (PageKeys(ROOT, has_first=True).first(1, others)[0] == keys[0]) == same_first
+
+
 def test_index_finds_the_longest_known_beginning():
     index = PrefixIndex()
     for number, page in enumerate((7, 3, 9)):
