@@ -39,6 +39,25 @@ def test_serve_widths_together_give_the_texts_of_each_alone(tiny_server: ServeCo
         assert len({text for (asked, _), text in zip(jobs, alone, strict=True) if asked == prompt}) > 1
 
 
+def test_serve_kv_formats_together_give_the_texts_of_each_alone(tiny_checkpoint: Path, cache: Path) -> None:
+    formats = ("bf16", "qet4", "qet2")
+    jobs = [(PROMPTS[3], width, name) for width in (4, 8) for name in formats]
+    serve = ("--kv-format", "qet4", "--kv-formats", "bf16,qet2", "--model-name", "tiny", "--kv-cache-mib", "8")
+    with ServeCommand(tiny_checkpoint, *serve, cache=cache) as server:
+        alone = [complete(server, prompt, width, 96, kv_format=name) for prompt, width, name in jobs]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            together = list(pool.map(lambda job: complete(server, *job[:2], 96, kv_format=job[2]), jobs))
+        assert together == alone
+        assert complete(server, PROMPTS[3], 4, 96) == alone[1]  # what the server was started with
+        with pytest.raises(APIStatusError, match="on offer are qet4, bf16, qet2"):
+            complete(server, PROMPTS[3], 4, 96, kv_format="qet3")
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert httpx.get(f"{server.url}/version").json()["kv_formats"] == ["qet4", "bf16", "qet2"]
+        assert "Balance weights of the keys were estimated" in server.log
+    for name in formats:
+        assert f'anybit_kv_capacity_tokens{{kv_format="{name}",model="tiny"}}' in metrics
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_serve_streams_the_text_it_gives_whole(tiny_server: ServeCommand, width: int) -> None:
     whole = complete(tiny_server, PROMPTS[0], width)
