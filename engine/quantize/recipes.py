@@ -45,8 +45,8 @@ class Recipe:
 
 # The wider, the smaller the steps that still help: what is learnt at a larger rate does not carry over to other text.
 _END_TO_END = {
-    2: EndToEndOptions(38, 256, 2e-3),
-    3: EndToEndOptions(36, 512, 1e-3),
+    2: EndToEndOptions(48, 256, 2e-3),
+    3: EndToEndOptions(40, 512, 1e-3),
     4: EndToEndOptions(3, 512, 5e-4),
 }
 HELD_OUT = 2

@@ -4,13 +4,16 @@ QET's reordering in the form that costs nothing: the swap bit and the index of t
 pair, and the table is half as large as that of a free codebook of the same rate (reference: KVCACHE, form 2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from anybit.kvcache.codec.clustering import nearest
+from anybit.kvcache.codec.nearest_grid import NearestGrid
+
+_FEW_ENTRIES = 16  # that are compared with every pair sooner than a cell is looked up
 
 
 class Table(Protocol):
@@ -35,6 +38,10 @@ class PairTable:
     """
 
     entries: Tensor
+    _grid: NearestGrid = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_grid", NearestGrid(self.entries))
 
     @property
     def bits(self) -> int:
@@ -57,7 +64,9 @@ class PairTable:
 
     def index(self, ordered: Tensor) -> Tensor:
         """The entry of each ordered pair: [pairs, 2] -> int64 [pairs]."""
-        return nearest(ordered, self.entries.to(ordered.device))[0]
+        if len(self.entries) <= _FEW_ENTRIES:
+            return nearest(ordered, self.entries.to(ordered.device))[0]
+        return self._grid.search(ordered)
 
 
 @dataclass(frozen=True, slots=True)

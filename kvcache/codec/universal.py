@@ -28,11 +28,13 @@ _RESTARTS = 4
 _SEED = 0
 
 
+@functools.cache
 def universal_table(bits: int) -> PairTable:
     """The direct table of codes of `bits` bits a pair."""
     return PairTable(_entries(str(bits)))
 
 
+@functools.cache
 def tree_table() -> TreeTable:
     """The table of 8 bits in which a code's highest 4 bits are a code of `universal_table(4)`: its residual is clustered."""
     return TreeTable(_entries(TREE), universal_table(PAIR_BITS[0]))
