@@ -10,7 +10,6 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.decode_graphs import DecodeGraphs
-from anybit.engine.key_balance import key_weights
 from anybit.engine.kv_cache import build_cache
 from anybit.engine.machine import (
     describe_device,
@@ -23,6 +22,7 @@ from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import read_config
 from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
+from anybit.engine.sealed_setup import set_up_sealed
 from anybit.engine.types import KVFormatInfo, ModelInfo
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.engine.weights.accounting import (
@@ -67,8 +67,13 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         model_config,
         max_model_len,
         device,
-        lambda: key_weights(directory, decoder, config.default_bit_width, max_model_len),
+        lambda specs: set_up_sealed(directory, decoder, config.default_bit_width, max_model_len, specs),
     )
+    if decoder.native is not None and not decoder.native.can_read(pool):
+        logger.warning(
+            "What computes all layers in one call here does not read these KV formats, so every request of this server is "
+            "computed layer by layer, which is slower; each step is counted as a fallback."
+        )
     reproducible = device.type == "cpu" or (DecodeGraphs.can_serve(decoder, pool) and not is_fast)
     if config.reproducible and not reproducible:
         raise ConfigError(
@@ -101,7 +106,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         eos_token_ids=_eos_token_ids(directory),
         weights_bytes=dict(loader.resident_bytes),
         kv_formats=[
-            KVFormatInfo(name, pages.spec.bytes_per_token, pages.capacity_tokens)
+            KVFormatInfo(name, pages.spec.bytes_per_token, pages.capacity_tokens, sorted(pages.spec.layer_formats))
             for name, pages in books.formats.items()
         ],
         device=describe_device(device),

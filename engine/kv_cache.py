@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.errors import AnyBitError
 from anybit.engine.machine import free_bytes
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.sealed_setup import SealedSetup
 from anybit.kvcache.allocator import PageAllocator
 from anybit.kvcache.books import FormatPages, PageBooks
-from anybit.kvcache.formats import is_rotated
+from anybit.kvcache.formats import is_rotated, parse_format
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.sealed_pool import SealedPool
 from anybit.kvcache.slots import OwnSlots, slots_needed
@@ -29,24 +29,25 @@ def build_cache(
     model: DecoderConfig,
     max_model_len: int,
     device: torch.device,
-    key_weights: Callable[[], Sequence[Tensor] | None],
+    set_up: Callable[[Sequence[KVSpec]], SealedSetup],
 ) -> tuple[PageBooks, KVPool]:
     """Pages of all formats served, in equal parts of the memory for them.
 
-    `key_weights` is asked for each layer's balance weights if a format wants them. ConfigError if formats do not suit the
+    `set_up` is asked how to keep the model in sealed formats, if there are some. ConfigError if formats do not suit the
     model or each other, AnyBitError if there is too little memory.
     """
     specs = [KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, name) for name in config.served_kv_formats]
     exact = next((spec for spec in specs if spec.is_exact), specs[0].of_format(OWN_FORMAT))
     sealed = [spec for spec in specs if not spec.is_exact]
     _check(exact, sealed)
+    setup = set_up(sealed) if sealed else SealedSetup.unchecked(())
+    specs = [setup.specs.get(spec.format, spec) for spec in specs]
     num_slots = slots_needed(config.max_num_seqs, config.step_tokens(device.type)) if sealed else 0
     budget = config.kv_cache_bytes or int(free_bytes(device) * _KV_SHARE_OF_FREE[device.type])
     share = (budget - num_slots * exact.page_bytes) // len(specs)
     pages = {spec.format: _num_pages(spec, share, config, max_model_len) for spec in specs}
     num_exact = pages.get(exact.format, 0)
-    weights = key_weights() if any(is_rotated(spec.kv_format(0).keys) for spec in sealed) else None
-    pools = {spec.format: SealedPool(spec, pages[spec.format], weights, device) for spec in sealed}
+    pools = {name: SealedPool(spec, pages[name], setup.key_weights, device) for name, spec in setup.specs.items()}
     books = PageBooks(
         {spec.format: FormatPages(spec, PageAllocator(pages[spec.format])) for spec in specs},
         config.kv_format,
@@ -59,7 +60,7 @@ def _check(exact: KVSpec, sealed: Sequence[KVSpec]) -> None:
     if sealed and exact.format != OWN_FORMAT:
         raise ConfigError(f"KV format {exact.format} cannot be served beside {sealed[0].format}; {OWN_FORMAT} can.")
     for spec in sealed:
-        if any(is_rotated(name) for name in spec.kv_format(0).names) and spec.head_dim & (spec.head_dim - 1):
+        if any(is_rotated(name) for name in parse_format(spec.format).names) and spec.head_dim & (spec.head_dim - 1):
             raise ConfigError(
                 f"KV format {spec.format} rotates heads of a power of two channels, and this model's have "
                 f"{spec.head_dim}; uniform4 does not."

@@ -96,11 +96,12 @@ class WidthInfo:
 
 @dataclass(frozen=True, slots=True)
 class KVFormatInfo:
-    """What keys and values cost in one format."""
+    """What keys and values cost in one format. The start-up check has put `raised_layers` into 8 bits."""
 
     name: str
     bytes_per_token: float
     capacity_tokens: int
+    raised_layers: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,27 @@ class SealedLayer:
         return self.basis.restored_values(attended)
 
 
+def sealed_layer(
+    spec: KVSpec,
+    layer: int,
+    num_pages: int,
+    weights: Sequence[Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> SealedLayer:
+    """Empty pages of one layer in its format; `weights` as `SealedPool` has them."""
+    kv_format = spec.kv_format(layer)
+    return SealedLayer(
+        SealedPages(kv_format, num_pages, spec.num_kv_heads, spec.head_dim, device),
+        PageBasis(
+            spec.head_dim,
+            None if weights is None else weights[layer],
+            is_rotated(kv_format.keys),
+            is_rotated(kv_format.values),
+            device,
+        ),
+    )
+
+
 class SealedPool:
     """The layers' sealed pages; `weights` [kv_heads, head_dim] of each layer balance its keys, None: no layer's are."""
 
@@ -77,19 +98,7 @@ class SealedPool:
     ) -> None:
         self.spec = spec
         self.num_pages = num_pages
-        self.layers = tuple(
-            SealedLayer(
-                SealedPages(spec.kv_format(layer), num_pages, spec.num_kv_heads, spec.head_dim, device),
-                PageBasis(
-                    spec.head_dim,
-                    None if weights is None else weights[layer],
-                    is_rotated(spec.kv_format(layer).keys),
-                    is_rotated(spec.kv_format(layer).values),
-                    device,
-                ),
-            )
-            for layer in range(spec.num_layers)
-        )
+        self.layers = tuple(sealed_layer(spec, layer, num_pages, weights, device) for layer in range(spec.num_layers))
         self._alike: dict[str, list[int]] = {}
         for layer in range(spec.num_layers):
             self._alike.setdefault(spec.kv_format(layer).name, []).append(layer)

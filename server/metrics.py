@@ -229,6 +229,10 @@ class EngineCollector:
             "kv_capacity_tokens", "Tokens whose keys and values fit the KV cache.", ("model", "kv_format"),
             [((self._model_name, kv.name), kv.capacity_tokens) for kv in model.kv_formats],
         )  # fmt: skip
+        yield _gauge(
+            "kv_layers_raised", "Layers that the start-up check has put into 8 bits.", ("model", "kv_format"),
+            [((self._model_name, kv.name), len(kv.raised_layers)) for kv in model.kv_formats],
+        )  # fmt: skip
 
     def _load_metrics(self, model: ModelInfo, stats: EngineStats) -> Iterator[Metric]:
         def per_width(name: str, text: str, values: dict[int, int]) -> Metric:

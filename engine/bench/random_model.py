@@ -21,6 +21,7 @@ from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
+from anybit.engine.sealed_setup import SealedSetup
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.kernels import dispatch, layout
 
@@ -102,7 +103,7 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     dtype = torch.bfloat16 if device.type == "cuda" or bit_widths == (UNQUANTIZED,) else torch.float32
     decoder = build_decoder(model, loader, context, dtype, device, is_fast=config.reproducible is False)
     books, pool = build_cache(
-        replace(config, max_num_seqs=config.max_num_seqs + 1), model, context, device, lambda: None
+        replace(config, max_num_seqs=config.max_num_seqs + 1), model, context, device, SealedSetup.unchecked
     )
     core = EngineCore(
         Runner(decoder, pool),

@@ -9,15 +9,16 @@ from anybit.engine.config import ConfigError
 from anybit.engine.evaluate.matquant_slice import MatQuantSliceLoader
 from anybit.engine.evaluate.options import BASELINES, MATQUANT_SLICE
 from anybit.engine.evaluate.variant import Variant
-from anybit.engine.key_balance import key_weights
 from anybit.engine.kv_cache import OWN_FORMAT
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config, read_config
+from anybit.engine.sealed_setup import set_up_sealed
 from anybit.engine.weights.accounting import effective_bits, linear_entries
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import DenseLoader, NestedLoader
 from anybit.engine.weights.source import SourceModel
-from anybit.kvcache.formats import is_rotated, parse_format
+from anybit.kvcache.formats import parse_format
+from anybit.kvcache.spec import KVSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,14 @@ class Comparison:
         loader = NestedLoader(self.reader, bit_widths, self.lm_head_bits, self.device)
         decoder = build_decoder(read_config(self.reader.directory), loader, self.max_positions, device=self.device)
         entries = linear_entries(self.reader.manifest)
-        rotated = any(is_rotated(part) for name in self.kv_formats for part in parse_format(name).names)
-        weights = key_weights(self.reader.directory, decoder, max(bit_widths), self.max_positions) if rotated else None
+        model = decoder.config
+        specs = [KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, name) for name in self.kv_formats]
+        sealed = [spec for spec in specs if not spec.is_exact]
+        setup = None
+        if sealed:
+            setup = set_up_sealed(self.reader.directory, decoder, max(bit_widths), self.max_positions, sealed)
         return [
-            Variant(str(width), decoder, width, name, effective_bits(entries, width), key_weights=weights)
+            Variant(str(width), decoder, width, name, effective_bits(entries, width), setup=setup)
             for width in bit_widths
             for name in self.kv_formats
         ]

@@ -14,6 +14,7 @@ from anybit.engine.chunk import Chunk
 from anybit.engine.kv_cache import OWN_FORMAT
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.precision import Precision
+from anybit.engine.sealed_setup import SealedSetup
 from anybit.engine.sequence import Sequence as TokenSequence
 from anybit.engine.types import GenerationRequest, SamplingParams
 from anybit.kvcache.pool import KVPool
@@ -25,7 +26,7 @@ from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 class Variant:
     """One way of reading a model: a decoder at a width, with totals that grow as text is scored.
 
-    `key_weights` of each layer balance keys in formats that rotate them (`engine.key_balance`).
+    `setup` says how sealed formats keep the model.
     """
 
     label: str
@@ -39,7 +40,7 @@ class Variant:
     kl: float = 0.0
     agreements: int = 0
     seconds: float = 0.0
-    key_weights: Sequence[Tensor] | None = field(default=None, repr=False)
+    setup: SealedSetup | None = field(default=None, repr=False)
     pool: KVPool | None = field(default=None, repr=False)
 
     @property
@@ -91,5 +92,8 @@ def _pool_for(variant: Variant, num_tokens: int) -> KVPool:
     device = variant.decoder.device
     if spec.is_exact:
         return KVPool(spec, num_exact, device)
-    sealed = SealedPool(spec, spec.pages_for(num_tokens), variant.key_weights, device)
+    weights = None
+    if variant.setup is not None:
+        spec, weights = variant.setup.specs[spec.format], variant.setup.key_weights
+    sealed = SealedPool(spec, spec.pages_for(num_tokens), weights, device)
     return KVPool(spec.of_format(OWN_FORMAT), num_exact, device, {spec.format: sealed})

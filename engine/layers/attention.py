@@ -27,6 +27,13 @@ class Attention:
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
 
+    @property
+    def settings(self) -> AttentionSettings:
+        config = self.config
+        return AttentionSettings(
+            config.attention_scale, config.layers[self.layer].sliding_window, config.attention_softcap
+        )
+
     def __call__(self, x: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """[rows, hidden] -> [rows, hidden]; writes the rows' keys and values to their pages first."""
         q, k, v = self.heads(x, plan)
@@ -35,10 +42,7 @@ class Attention:
             k[rows.row_ids] = sealed.basis.keys(k[rows.row_ids].transpose(0, 1)).transpose(0, 1).to(k.dtype)
             v[rows.row_ids] = sealed.basis.values(v[rows.row_ids]).to(v.dtype)
         pool.write(self.layer, plan.page_ids, plan.page_offsets, k, v)
-        config = self.config
-        settings = AttentionSettings(
-            config.attention_scale, config.layers[self.layer].sliding_window, config.attention_softcap
-        )
+        settings = self.settings
         attended = torch.empty_like(q)
         for group in plan.attention_groups:
             attended[group.row_ids] = dispatch.paged_attention(

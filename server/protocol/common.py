@@ -169,5 +169,8 @@ class VersionInfo(BaseModel):
     default_bit_width: int | None
     kv_format: str | None
     kv_formats: list[str] = Field(description="All that requests can name.")
+    kv_layers_raised: dict[str, list[int]] = Field(
+        description="By format the layers that the start-up check has put into 8 bits; formats without any are left out."
+    )
     device: str | None
     compute_dtype: str | None

@@ -66,6 +66,9 @@ async def version(request: Request) -> VersionInfo:
         default_bit_width=None if model is None else model.default_bit_width,
         kv_format=None if model is None else model.kv_format,
         kv_formats=[] if model is None else [kv.name for kv in model.kv_formats],
+        kv_layers_raised={}
+        if model is None
+        else {kv.name: kv.raised_layers for kv in model.kv_formats if kv.raised_layers},
         device=None if model is None else model.device,
         compute_dtype=None if model is None else model.compute_dtype,
     )

@@ -46,7 +46,7 @@ def model_info(vocab_size: int = 512, max_model_len: int = 256, eos_token_ids: t
         vocab_size=vocab_size,
         eos_token_ids=list(eos_token_ids),
         weights_bytes={"linear": 8000, "embedding": 2000, "norm": 10},
-        kv_formats=[KVFormatInfo("bf16", 64, 4096), KVFormatInfo("qet4", 17.5, 8192)],
+        kv_formats=[KVFormatInfo("bf16", 64, 4096), KVFormatInfo("qet4", 17.5, 8192, [0, 3])],
         device="cpu",
         compute_dtype="float32",
         reproducible=True,

@@ -43,7 +43,9 @@ def test_loading_server_is_healthy_and_refuses(start):
     engine.loading = False
     server.wait_ready()
     assert server.complete().status_code == 200
-    assert server.http.get("/version").json()["reproducible"] is True
+    version = server.http.get("/version").json()
+    assert version["reproducible"] is True
+    assert version["kv_layers_raised"] == {"qet4": [0, 3]}
 
 
 def test_failed_load_is_told_and_unhealthy(start):

@@ -31,6 +31,7 @@ OTHERS = {
     "anybit_kv_cache_bytes": "gauge",
     "anybit_kv_bytes_per_token": "gauge",
     "anybit_kv_capacity_tokens": "gauge",
+    "anybit_kv_layers_raised": "gauge",
     "anybit_weights_bytes": "gauge",
     "anybit_engine_last_step_timestamp_seconds": "gauge",
     "anybit_engine_resident_bytes": "gauge",
@@ -111,6 +112,8 @@ def test_engine_snapshot_is_shown(start):
     assert server.metric("anybit_kv_bytes_per_token", kv_format="bf16") == 64
     assert server.metric("anybit_kv_bytes_per_token", kv_format="qet4") == 17.5
     assert server.metric("anybit_kv_capacity_tokens", kv_format="qet4") == 8192
+    assert server.metric("anybit_kv_layers_raised", kv_format="bf16") == 0
+    assert server.metric("anybit_kv_layers_raised", kv_format="qet4") == 2
     assert server.metric("anybit_weight_bytes_read_total", bit_width="4") == 4000
     assert server.metric("anybit_kernel_fallbacks_total", kernel="linear_decode", reason="odd_shape:really") == 5
     assert server.metric("anybit_engine_resident_bytes") == 123456
