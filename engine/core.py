@@ -126,6 +126,8 @@ class EngineCore:
             prefix_queried_tokens=counters.prefix_queried_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
             preemptions=counters.preemptions,
+            sealed_pages=dict(counters.sealed_pages),
+            seal_seconds=self._runner.seal_seconds,
             steps=self._steps,
             step_tokens=step_tokens,
             weight_bytes_read=self._traffic.bytes_read,

@@ -93,6 +93,8 @@ def _counters(stats: EngineStats) -> EngineStats:
         prefix_queried_tokens=stats.prefix_queried_tokens,
         prefix_hit_tokens=stats.prefix_hit_tokens,
         preemptions=stats.preemptions,
+        sealed_pages=stats.sealed_pages,
+        seal_seconds=stats.seal_seconds,
         steps=stats.steps,
         weight_bytes_read=stats.weight_bytes_read,
         kernel_fallbacks=stats.kernel_fallbacks,

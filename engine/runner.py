@@ -63,6 +63,11 @@ class Runner:
         self._pool = pool
         self._graphs = DecodeGraphs(decoder, pool) if DecodeGraphs.can_serve(decoder, pool) else None
 
+    @property
+    def seal_seconds(self) -> dict[str, float]:
+        """By sealed format, the time that its pages took to be encoded."""
+        return {name: sealed.clock.seconds for name, sealed in self._pool.sealed.items()}
+
     @torch.inference_mode()
     def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedStep:
         """Begin a step; what is not captured as a graph is computed at once."""

@@ -11,7 +11,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from anybit.engine.chunk import Chunk
@@ -41,6 +41,7 @@ class SchedulerCounters:
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    sealed_pages: Counter[str] = field(default_factory=Counter)  # by KV format
 
 
 class Scheduler:
@@ -157,6 +158,8 @@ class Scheduler:
             num_full = sequence.num_computed // PAGE_SIZE - before // PAGE_SIZE
             if num_full == 0:
                 continue
+            if not pages.spec.is_exact:
+                self.counters.sealed_pages[sequence.kv_format] += num_full
             if sequence.page_keys is not None:
                 keys = sequence.page_keys.first(sequence.num_computed // PAGE_SIZE, sequence.token_ids)
                 for page in range(pages.spec.pages_for(before // PAGE_SIZE * PAGE_SIZE), len(keys)):

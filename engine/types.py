@@ -150,6 +150,8 @@ class EngineStats:
     prefix_queried_tokens: int = 0  # prompt tokens looked up in the prefix cache since start
     prefix_hit_tokens: int = 0  # those found there
     preemptions: int = 0  # sequences that lost their pages to older ones and were computed again
+    sealed_pages: dict[str, int] = field(default_factory=dict)  # KV format -> pages of tokens encoded since start
+    seal_seconds: dict[str, float] = field(default_factory=dict)  # KV format -> time that took
     steps: int = 0
     step_tokens: list[int] = field(default_factory=list)  # tokens of each step since the previous snapshot
     weight_bytes_read: dict[int, int] = field(default_factory=dict)  # bit-width -> bytes since start

@@ -10,6 +10,7 @@ from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.balance import PageBasis
 from anybit.kvcache.formats import is_rotated
+from anybit.kvcache.seal_clock import SealClock
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.spec import KVSpec
 
@@ -98,13 +99,23 @@ class SealedPool:
     ) -> None:
         self.spec = spec
         self.num_pages = num_pages
+        self.clock = SealClock(device)
         self.layers = tuple(sealed_layer(spec, layer, num_pages, weights, device) for layer in range(spec.num_layers))
         self._alike: dict[str, list[int]] = {}
         for layer in range(spec.num_layers):
             self._alike.setdefault(spec.kv_format(layer).name, []).append(layer)
 
     def seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
-        """`SealedLayer.seal` of all layers at once: own pages are [layers, pages, kv_heads, 64, head_dim]."""
+        """`seal_layer` of all layers at once: own pages are [layers, pages, kv_heads, 64, head_dim]."""
+        with self.clock.running():
+            self._seal(own_keys, own_values, seals)
+
+    def seal_layer(self, layer: int, own: ExactPages, seals: Seals) -> None:
+        """`SealedLayer.seal`, timed."""
+        with self.clock.running():
+            self.layers[layer].seal(own, seals)
+
+    def _seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
         for layers in self._alike.values():
             keys, values = (own[layers][:, seals.slots] for own in (own_keys, own_values))
             encoded = self.layers[layers[0]].pages.encode(keys, values)

@@ -1,7 +1,7 @@
 """Everything that /metrics shows; the only module that knows Prometheus."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -257,6 +257,10 @@ class EngineCollector:
             "preemptions", "Sequences that lost their KV pages to older ones and were computed again.",
             stats.preemptions,
         )  # fmt: skip
+        yield self._per_format_counter(
+            "kv_sealed_pages", "Pages of keys and values encoded, over all layers.", model, stats.sealed_pages
+        )
+        yield self._per_format_counter("kv_seal_seconds", "Time spent encoding them.", model, stats.seal_seconds)
         usage, sizes = [], []
         for kv in model.kv_formats:
             labels = (self._model_name, kv.name)
@@ -275,6 +279,12 @@ class EngineCollector:
     def _per_model_counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(f"anybit_{name}", text, labels=("model",))
         family.add_metric((self._model_name,), value)
+        return family
+
+    def _per_format_counter(self, name: str, text: str, model: ModelInfo, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(f"anybit_{name}", text, labels=("model", "kv_format"))
+        for kv in model.kv_formats:
+            family.add_metric((self._model_name, kv.name), values.get(kv.name, 0))
         return family
 
 

@@ -58,7 +58,7 @@ class Attention:
         own = pool.exact(self.layer)
         for rows, sealed in zip(plan.sealed, layers, strict=True):
             if rows.seals is not None:
-                sealed.seal(own, rows.seals)
+                pool.sealed[rows.kv_format].seal_layer(self.layer, own, rows.seals)
             for part in rows.groups:
                 of_part = sealed.attend(q[part.row_ids], own, part.tables, part.positions, settings)
                 attended[part.row_ids] = of_part.to(q.dtype)

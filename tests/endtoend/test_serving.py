@@ -54,6 +54,9 @@ def test_serve_kv_formats_together_give_the_texts_of_each_alone(tiny_checkpoint:
         metrics = httpx.get(f"{server.url}/metrics").text
         assert httpx.get(f"{server.url}/version").json()["kv_formats"] == ["qet4", "bf16", "qet2"]
         assert "Balance weights of the keys were estimated" in server.log
+        for name in ("qet4", "qet2"):
+            assert server.metric("anybit_kv_sealed_pages_total", kv_format=name) > 0
+            assert server.metric("anybit_kv_seal_seconds_total", kv_format=name) > 0
     for name in formats:
         assert f'anybit_kv_capacity_tokens{{kv_format="{name}",model="tiny"}}' in metrics
 

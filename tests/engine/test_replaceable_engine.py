@@ -115,14 +115,16 @@ def test_counters_only_grow_and_what_is_held_is_held_once(loop: asyncio.Runner) 
     new = make_engine("best", steps=[3])
     old.snapshot = EngineStats(
         running={4: 1}, steps=10, weight_bytes_read={4: 100, 8: 0}, kernel_fallbacks={"linear:x": 2}, resident_bytes=50,
-        kv_pages_total=8, preemptions=1,
+        kv_pages_total=8, preemptions=1, sealed_pages={"qet4": 5}, seal_seconds={"qet4": 0.5},
     )  # fmt: skip
     new.snapshot = EngineStats(
-        running={8: 2}, steps=1, weight_bytes_read={4: 5, 8: 7}, resident_bytes=60, kv_pages_total=9
-    )
+        running={8: 2}, steps=1, weight_bytes_read={4: 5, 8: 7}, resident_bytes=60, kv_pages_total=9,
+        sealed_pages={"qet4": 2, "qet2": 1}, seal_seconds={"qet4": 0.25},
+    )  # fmt: skip
     both = EngineStats(
         running={4: 1, 8: 2}, steps=11, weight_bytes_read={4: 105, 8: 7}, kernel_fallbacks={"linear:x": 2},
-        resident_bytes=110, kv_pages_total=17, preemptions=1,
+        resident_bytes=110, kv_pages_total=17, preemptions=1, sealed_pages={"qet4": 7, "qet2": 1},
+        seal_seconds={"qet4": 0.75},
     )  # fmt: skip
 
     async def scenario() -> None:

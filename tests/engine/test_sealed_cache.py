@@ -184,6 +184,17 @@ def test_no_page_and_no_slot_outlives_its_sequence(decoder):
     assert (stats.kv_pages_used, stats.kv_bytes_used) == (0, {"qet4": 0})
 
 
+def test_sealed_pages_and_the_time_they_take_are_counted(decoder, formats):
+    core = make_core(decoder, kv_formats=formats)
+    run(core, requests("bf16", formats[0]))
+    stats = core.take_stats()
+    # Prompts of 63, 65 and 200 tokens and their answers, of which the last token is not computed on.
+    assert stats.sealed_pages == {formats[0]: 1 + 1 + 3}
+    assert set(stats.seal_seconds) == set(formats)
+    assert stats.seal_seconds[formats[0]] > 0
+    assert stats.seal_seconds[formats[1]] == 0
+
+
 def test_formats_that_are_not_served_are_refused(decoder):
     core = make_core(decoder, kv_format="qet4")
     (event,) = core.add(make_request("a", [5, 6], 2, 4, "qet2"))
