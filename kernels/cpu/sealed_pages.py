@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anybit.kernels.page_layout import pair_layout
 
-_BYTE_LOOKUP_BITS = 4  # codes so small are looked up two at a time
+_LARGEST_LEVEL = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class StackSealedPages:
 
 class _PairCode(ctypes.Structure):
     _fields_ = [
-        ("pairs", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("step", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("bits", "norms", "norm_range", "mean", "mean_range")),
     ]
 
@@ -87,13 +88,23 @@ class DescribedSealedPages:
 
     def _code(self, part: PairRecords, head_dim: int) -> _PairCode:
         offsets = pair_layout(part.code_bits, part.has_mean, head_dim).offsets
-        levels = part.levels.to(torch.float32).contiguous()
-        if part.code_bits == _BYTE_LOOKUP_BITS:  # the first code of a byte has its lowest bits
-            byte = torch.arange(256)
-            levels = torch.cat((levels[byte % 16], levels[byte // 16]), dim=1)
+        levels, step = _in_steps(part.levels)
         fields = (offsets["norms"], offsets["norm_range"], offsets.get("mean", -1), offsets.get("mean_range", -1))
-        return _PairCode(self._kept(levels), part.code_bits, *fields)
+        return _PairCode(self._kept(levels), step, part.code_bits, *fields)
 
     def _kept(self, tensor: Tensor) -> int:
         self._alive.append(tensor)
         return tensor.data_ptr()
+
+
+def _in_steps(levels: Tensor) -> tuple[Tensor, float]:
+    """Levels as bytes, each larger by 128, all codes' first ones and then all second ones; and their step.
+
+    ValueError if they are not whole numbers of one step, or the upper half of codes is not the lower one exchanged.
+    """
+    step = float(levels.abs().max()) / _LARGEST_LEVEL
+    steps = (levels / step).round()
+    lower, upper = levels.chunk(2)
+    if not torch.allclose(steps * step, levels) or not torch.equal(lower.flip(1), upper):
+        raise ValueError("The native step reads tables of whole steps whose upper half is the lower one exchanged.")
+    return (steps + 128).to(torch.uint8).T.contiguous(), step

@@ -1,7 +1,7 @@
 // Activations to fixed point numbers, over no vector type: compilers turn these loops into vectors. Included as linear_kernel.h is.
 
-// One group; returns the sum of its fixed point numbers times the step.
-static inline float quantize_group(const float* values, int64_t size, int8_t* high, int8_t* low, float* step) {
+// One group; returns the sum of its fixed point numbers.
+static inline int32_t quantize_group(const float* values, int64_t size, int8_t* high, int8_t* low, float* step) {
     // The bits of magnitudes are in the order of the magnitudes, NaN above infinity above all numbers.
     uint32_t largest = 0;
     for (int64_t i = 0; i < size; ++i) {
@@ -15,7 +15,7 @@ static inline float quantize_group(const float* values, int64_t size, int8_t* hi
     if (!(magnitude <= 3.4e38f)) {  // NaN or infinite: so are all outputs of this row
         for (int64_t i = 0; i < size; ++i) high[i] = low[i] = 0;
         *step = __builtin_nanf("");
-        return *step;
+        return 0;
     }
     const float inverse = magnitude > 1e-30f ? (float)kLargestActivation / magnitude : 0.0f;
     int32_t sum = 0;
@@ -28,7 +28,7 @@ static inline float quantize_group(const float* values, int64_t size, int8_t* hi
         sum += rounded;
     }
     *step = magnitude * (1.0f / (float)kLargestActivation);
-    return *step * (float)sum;
+    return sum;
 }
 
 static void quantize(const float* x, int64_t first, int64_t last, int64_t in_features, int64_t group_size, int8_t* digits,
@@ -36,8 +36,10 @@ static void quantize(const float* x, int64_t first, int64_t last, int64_t in_fea
     const int64_t groups = in_features / group_size;
     for (int64_t row = first; row < last; ++row)
         for (int64_t group = 0; group < groups; ++group) {
+            const int64_t index = row * groups + group;
             int8_t* high = digits + row * kDigits * in_features + group * group_size;
-            total[row * groups + group] = quantize_group(x + row * in_features + group * group_size, group_size, high,
-                                                         high + in_features, step + row * groups + group);
+            const int32_t sum = quantize_group(x + row * in_features + group * group_size, group_size, high, high + in_features,
+                                               step + index);
+            total[index] = step[index] * (float)sum;
         }
 }

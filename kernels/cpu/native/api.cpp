@@ -24,7 +24,9 @@ bool runs_here(const Kernels* kernels) {
     if (kernels == avx2_vnni_kernels()) return avx2 && __builtin_cpu_supports("avxvnni");
 #endif
     if (kernels == avx512_kernels()) return avx512;
-    if (kernels == avx512_vnni_kernels()) return avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (kernels == avx512_vnni_kernels()) return vnni;
+    if (kernels == avx512_vbmi_kernels()) return vnni && __builtin_cpu_supports("avx512vbmi");
 #endif
     return true;
 }
@@ -32,14 +34,15 @@ bool runs_here(const Kernels* kernels) {
 // The best first.
 const Kernels* candidate(int index) {
     switch (index) {
-        case 0: return avx512_vnni_kernels();
-        case 1: return avx512_kernels();
-        case 2: return avx2_vnni_kernels();
-        case 3: return avx2_kernels();
+        case 0: return avx512_vbmi_kernels();
+        case 1: return avx512_vnni_kernels();
+        case 2: return avx512_kernels();
+        case 3: return avx2_vnni_kernels();
+        case 4: return avx2_kernels();
         default: return scalar_kernels();
     }
 }
-constexpr int kNumCandidates = 5;
+constexpr int kNumCandidates = 6;
 
 const Kernels* selected = nullptr;
 std::mutex in_use;  // one operation at a time: they share the threads and the workspace

@@ -4,6 +4,7 @@ struct Bytes { __m256i half[2]; };
 struct Ints { __m256i half[2]; };
 struct Floats { __m256 half[2]; };
 constexpr int kDirectBlocks = 1, kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
+constexpr int kLevelBlocks = 1, kLevelQueries = 2;
 
 inline Bytes load(const uint8_t* from) {
     return {{_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 32))}};
@@ -119,4 +120,63 @@ inline Floats load_bf16(const uint16_t* from) {
         out.half[h] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
     return out;
+}
+// Every second four of bytes of two vectors, from the first or from the second on.
+template <int kOrder>
+inline __m256i every_second(Bytes v) {
+    const __m256 fours = _mm256_shuffle_ps(_mm256_castsi256_ps(v.half[0]), _mm256_castsi256_ps(v.half[1]), kOrder);
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(fours), 0xD8);
+}
+inline Bytes even_fours(Bytes v, Bytes w) { return {{every_second<0x88>(v), every_second<0x88>(w)}}; }
+inline Bytes odd_fours(Bytes v, Bytes w) { return {{every_second<0xDD>(v), every_second<0xDD>(w)}}; }
+// v[0], w[0], v[1], w[1] ...: both halves.
+inline void zip_floats(Floats v, Floats w, Floats* out) {
+    for (int h = 0; h < 2; ++h) {
+        const __m256 low = _mm256_unpacklo_ps(v.half[h], w.half[h]), high = _mm256_unpackhi_ps(v.half[h], w.half[h]);
+        out[h] = {{_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)}};
+    }
+}
+inline void zip_bytes(Bytes v, Bytes w, Bytes* out) {
+    for (int h = 0; h < 2; ++h) {
+        const __m256i low = _mm256_unpacklo_epi8(v.half[h], w.half[h]), high = _mm256_unpackhi_epi8(v.half[h], w.half[h]);
+        out[h] = {{_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)}};
+    }
+}
+// Tables of 16 bytes, as shuffled_levels.h wants them.
+inline Bytes sixteen(const uint8_t* from) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+    return {{table, table}};
+}
+inline Bytes looked_up(Bytes table, Bytes index) {
+    return {{_mm256_shuffle_epi8(table.half[0], index.half[0]), _mm256_shuffle_epi8(table.half[1], index.half[1])}};
+}
+inline Bytes out_of_range(Bytes v, uint8_t first) {
+    const __m256i f = _mm256_set1_epi8((char)first), limit = _mm256_set1_epi8(0x70);
+    for (int h = 0; h < 2; ++h) v.half[h] = _mm256_adds_epu8(_mm256_xor_si256(v.half[h], f), limit);
+    return v;
+}
+inline Bytes either(Bytes v, Bytes w) {
+    return {{_mm256_or_si256(v.half[0], w.half[0]), _mm256_or_si256(v.half[1], w.half[1])}};
+}
+inline Bytes if_highest(Bytes mask, Bytes v, Bytes w) {
+    for (int h = 0; h < 2; ++h) v.half[h] = _mm256_blendv_epi8(w.half[h], v.half[h], mask.half[h]);
+    return v;
+}
+// Fields of 4 bits and of 2, the lowest of a byte first, one a byte.
+inline Bytes nibbles(const uint8_t* from) {
+    Bytes out;
+    for (int h = 0; h < 2; ++h) {
+        const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(from + 16 * h)));
+        out.half[h] = _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
+    }
+    return masked(out, 15);
+}
+inline Bytes nibble_halves(const uint8_t* from) {
+    Bytes out;
+    for (int h = 0; h < 2; ++h) {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8 * h)));
+        const __m256i two = _mm256_or_si256(wide, _mm256_slli_epi32(wide, 6));
+        out.half[h] = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
+    }
+    return masked(out, 3);
 }

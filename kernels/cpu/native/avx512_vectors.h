@@ -4,6 +4,7 @@ struct Bytes { __m512i v; };
 struct Ints { __m512i v; };
 struct Floats { __m512 v; };
 constexpr int kDirectBlocks = 2, kDirectRows = 2, kTileRows = 4, kTileBlocks = 2;
+constexpr int kLevelBlocks = 2, kLevelQueries = 4;
 
 inline Bytes load(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
 inline void store(uint8_t* to, Bytes v) { _mm512_storeu_si512(to, v.v); }
@@ -72,4 +73,30 @@ inline Floats scaled_by_power(Floats v, Floats n) {
 inline Floats load_bf16(const uint16_t* from) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+// Every second four of bytes of two vectors, from the first or from the second on.
+inline Bytes even_fours(Bytes v, Bytes w) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return {_mm512_permutex2var_epi32(v.v, even, w.v)};
+}
+inline Bytes odd_fours(Bytes v, Bytes w) {
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {_mm512_permutex2var_epi32(v.v, odd, w.v)};
+}
+// v[0], w[0], v[1], w[1] ...: both halves.
+inline void zip_floats(Floats v, Floats w, Floats* out) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    out[0] = {_mm512_permutex2var_ps(v.v, first, w.v)};
+    out[1] = {_mm512_permutex2var_ps(v.v, second, w.v)};
+}
+// Fields of 4 bits and of 2, the lowest of a byte first, one a byte.
+inline Bytes nibbles(const uint8_t* from) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    return masked({_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4))}, 15);
+}
+inline Bytes nibble_halves(const uint8_t* from) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+    const __m512i two = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 6));
+    return masked({_mm512_or_si512(two, _mm512_slli_epi32(two, 12))}, 3);
 }

@@ -11,6 +11,7 @@ namespace anybit {
 namespace {
 
 #include "avx2_vectors.h"
+#include "shuffled_levels.h"
 
 struct StepSums { __m256i half[2]; };
 inline StepSums zero_step_sums() { return StepSums{}; }
@@ -20,6 +21,20 @@ inline void dot_step(StepSums& sums, Bytes codes, Fours digits) {
 inline void end_span(StepSums&) {}
 inline Ints total(const StepSums& sums) { return {{sums.half[0], sums.half[1]}}; }
 
+struct LevelSums { __m256i high[2], low[2]; };
+inline LevelSums level_sums(int32_t start) {
+    const __m256i zero = _mm256_setzero_si256(), first = _mm256_set1_epi32(start);
+    return {{zero, zero}, {first, first}};
+}
+inline void dot_levels(LevelSums& sums, Bytes levels, const uint8_t* four) {
+    for (int h = 0; h < 2; ++h) {
+        sums.high[h] = _mm256_dpbusd_avx_epi32(sums.high[h], levels.half[h], load_four((const int8_t*)four));
+        sums.low[h] = _mm256_dpbusd_avx_epi32(sums.low[h], levels.half[h], load_four((const int8_t*)four + 4));
+    }
+}
+inline Ints total(const LevelSums& sums) { return joined({{sums.high[0], sums.high[1]}}, {{sums.low[0], sums.low[1]}}); }
+
+#include "digit_fours.h"
 #include "pairs_by_step.h"
 #include "kernels_table.h"
 

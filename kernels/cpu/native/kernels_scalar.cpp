@@ -11,6 +11,7 @@ struct Bytes { uint8_t lanes[kLanes]; };
 struct Ints { int32_t lanes[kBlockRows]; };
 struct Floats { float lanes[kBlockRows]; };
 constexpr int kDirectBlocks = 1, kDirectRows = 1, kTileRows = 2, kTileBlocks = 1;
+constexpr int kLevelBlocks = 1, kLevelQueries = 2;
 
 inline Bytes load(const uint8_t* from) {
     Bytes v;
@@ -139,6 +140,66 @@ inline Floats load_bf16(const uint16_t* from) {
     return out;
 }
 
+inline Bytes every_second_four(Bytes v, Bytes w, int first) {
+    Bytes out;
+    for (int l = 0; l < kLanes; ++l) {
+        const int from = l / 4 * 8 + first * 4 + l % 4;
+        out.lanes[l] = from < kLanes ? v.lanes[from] : w.lanes[from - kLanes];
+    }
+    return out;
+}
+inline Bytes even_fours(Bytes v, Bytes w) { return every_second_four(v, w, 0); }
+inline Bytes odd_fours(Bytes v, Bytes w) { return every_second_four(v, w, 1); }
+// v[0], w[0], v[1], w[1] ...: both halves.
+inline void zip_bytes(Bytes v, Bytes w, Bytes* out) {
+    for (int l = 0; l < 2 * kLanes; ++l) out[l / kLanes].lanes[l % kLanes] = (l % 2 == 0 ? v : w).lanes[l / 2];
+}
+inline void zip_floats(Floats v, Floats w, Floats* out) {
+    for (int r = 0; r < 2 * kBlockRows; ++r) out[r / kBlockRows].lanes[r % kBlockRows] = (r % 2 == 0 ? v : w).lanes[r / 2];
+}
+
+// Fields of 4 bits and of 2, the lowest of a byte first, one a byte.
+inline Bytes nibbles(const uint8_t* from) {
+    Bytes out;
+    for (int l = 0; l < kLanes; ++l) out.lanes[l] = from[l / 2] >> l % 2 * 4 & 15;
+    return out;
+}
+inline Bytes nibble_halves(const uint8_t* from) {
+    Bytes out;
+    for (int l = 0; l < kLanes; ++l) out.lanes[l] = from[l / 4] >> l % 4 * 2 & 3;
+    return out;
+}
+
+struct PairLevels { Bytes firsts, seconds; };
+
+// As shuffled_levels.h says.
+template <int kBits>
+struct LevelTable {
+    const uint8_t* levels;
+
+    inline PairLevels look_up(Bytes codes) const {
+        PairLevels found;
+        for (int l = 0; l < kLanes; ++l) {
+            found.firsts.lanes[l] = levels[codes.lanes[l]];
+            found.seconds.lanes[l] = levels[(1 << kBits) + codes.lanes[l]];
+        }
+        return found;
+    }
+};
+
+struct LevelSums { Ints sums; };
+inline LevelSums level_sums(int32_t start) {
+    LevelSums made;
+    for (int32_t& lane : made.sums.lanes) lane = start;
+    return made;
+}
+inline void dot_levels(LevelSums& sums, Bytes levels, const uint8_t* four) {
+    const int8_t* digits = (const int8_t*)four;
+    for (int l = 0; l < kLanes; ++l) sums.sums.lanes[l / 4] += levels.lanes[l] * (digits[l % 4] * 128 + digits[4 + l % 4]);
+}
+inline Ints total(const LevelSums& sums) { return sums.sums; }
+
+#include "digit_fours.h"
 #include "pairs_by_step.h"
 #include "kernels_table.h"
 

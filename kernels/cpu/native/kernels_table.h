@@ -7,6 +7,8 @@
 #include "sealed_kernel.h"
 #include "layer_kernel.h"
 #include "attention_kernel.h"
+#include "sealed_attention_kernel.h"
+#include "attend_kernel.h"
 #include "choose_codes_kernel.h"
 
 static inline Kernels table(const char* name) {

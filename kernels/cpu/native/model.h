@@ -16,8 +16,10 @@ constexpr int64_t state_floats(int64_t head_dim) { return kStateHead + head_dim;
 // Floats of working memory, a multiple of 16, that `attend` needs.
 constexpr int64_t scores_floats(int64_t queries) { return queries * kPageTokens + (queries + 15) / 16 * 16; }
 constexpr int64_t attend_scratch_floats(int64_t queries) {
-    // Sealed pages: 16 tokens, norms of keys and of values, the mean, and its products with the queries.
-    return scores_floats(queries) + 16 * kMaxHeadDim + 2 * kPageTokens + kMaxHeadDim + (queries + 15) / 16 * 16;
+    // Sealed pages (SealedScratch): norms of keys and of values, the mean, its products with queries, exact tokens, steps
+    // and fixed point numbers of queries, codes, levels.
+    return scores_floats(queries) + 2 * kPageTokens + kMaxHeadDim + (queries + 15) / 16 * 16 + kBlockRows * kMaxHeadDim +
+           (queries + 7) / 8 * 16 + queries * kMaxHeadDim / 2 + kPageTokens * kMaxHeadDim * 3 / 8 + kLanes / 4;
 }
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
@@ -57,7 +59,10 @@ struct Model {
 // How sealed records of keys or values are read (kernels/page_layout.py): a record begins with kPageTokens tokens' codes of
 // `bits` bits for a pair of numbers, further fields lie at these bytes.
 struct PairCode {
-    const float* pairs;  // what a code stands for, [2^bits, 2]; of 4 bits what two codes of a byte do, [256, 4]
+    // 128 and what a code's first and second numbers are in steps, [2, 2^bits]; the upper half of the codes stands for the
+    // pairs of the lower one, exchanged.
+    const uint8_t* levels;
+    float step;
     int64_t bits;        // 4, 6 or 8
     int64_t norms;       // [kPageTokens] bytes
     int64_t norm_range;  // log2 of the lowest and the step, in half precision

@@ -158,5 +158,6 @@ const Kernels* avx2_kernels();         // null where this is not x86
 const Kernels* avx2_vnni_kernels();    // null also where the compiler does not know them
 const Kernels* avx512_kernels();       // without byte dot products
 const Kernels* avx512_vnni_kernels();
+const Kernels* avx512_vbmi_kernels();  // with VNNI too
 
 }  // namespace anybit

@@ -56,16 +56,18 @@ static inline float half_to_float(const uint8_t* from) {
     return value;
 }
 
-// A page's norms, 0 for the code 0 and else 2^(low + step * (code - 1)).
+// A page's norms, 0 for the code 0 and else 2^(low + step * (code - 1)); not a number if the page is none.
 static inline void read_norms(const PairCode& code, const uint8_t* record, float* norms) {
     const float low = half_to_float(record + code.norm_range), step = half_to_float(record + code.norm_range + 2);
-    for (int64_t token = 0; token < kPageTokens; ++token)
-        norms[token] = (low + step * ((float)record[code.norms + token] - 1.0f)) * 0.693147180559945f;
-    for (int64_t token = 0; token < kPageTokens; token += kBlockRows)
-        store_floats(norms + token, exp_floats(load_floats(norms + token)));
-    for (int64_t token = 0; token < kPageTokens; ++token)
-        if (record[code.norms + token] == 0) norms[token] = 0.0f * low;  // not a number if the page is none
-        else if (!(low == low)) norms[token] = low;
+    float logs[kPageTokens], codes[kPageTokens];
+    for (int64_t token = 0; token < kPageTokens; ++token) {
+        codes[token] = (float)record[code.norms + token];
+        logs[token] = (low + step * (codes[token] - 1.0f)) * 0.693147180559945f;
+    }
+    for (int64_t token = 0; token < kPageTokens; token += kBlockRows) {
+        const Floats read = zero_below(load_floats(codes + token), 1.0f, exp_floats(load_floats(logs + token)));
+        store_floats(norms + token, add(read, broadcast(0.0f * low)));
+    }
 }
 static inline void read_mean(const PairCode& code, const uint8_t* record, int64_t dim, float* mean) {
     if (code.mean < 0) {
@@ -76,31 +78,64 @@ static inline void read_mean(const PairCode& code, const uint8_t* record, int64_
     for (int64_t d = 0; d < dim; ++d) mean[d] = low + step * (float)record[code.mean + d];
 }
 
-// What the codes of 16 tokens from `first` on stand for, before norms and mean: out [16, dim].
-static inline void read_pairs(const PairCode& code, const uint8_t* record, int64_t first, int64_t dim, float* out) {
-    const int64_t bytes = dim / 2 * code.bits / 8;
-    for (int64_t token = 0; token < kBlockRows; ++token, out += dim) {
-        const uint8_t* codes = record + (first + token) * bytes;
-        if (code.bits == 8) {
-            for (int64_t pair = 0; pair < dim / 2; ++pair) __builtin_memcpy(out + 2 * pair, code.pairs + 2 * codes[pair], 8);
-        } else if (code.bits == 4) {
-            for (int64_t byte = 0; byte < bytes; ++byte) __builtin_memcpy(out + 4 * byte, code.pairs + 4 * codes[byte], 16);
-        } else {  // a plane of four bits, then one of two
-            const uint8_t* low = codes + dim / 4;
-            for (int64_t four = 0; four < dim / 8; ++four)
-                for (int64_t i = 0; i < 4; ++i) {
-                    const int64_t index = (codes[2 * four + i / 2] >> i % 2 * 4 & 15) << 2 | (low[four] >> 2 * i & 3);
-                    __builtin_memcpy(out + 8 * four + 2 * i, code.pairs + 2 * index, 8);
-                }
+// A page's codes one a byte, [kPageTokens, width / 2]; those beyond the head's mean nothing, and a vector less one are written
+// beyond the last.
+static inline void read_codes(const PairCode& code, const uint8_t* record, int64_t dim, int64_t width, uint8_t* out) {
+    const int64_t pairs = dim / 2;
+    if (code.bits == 8) {
+        for (int64_t token = 0; token < kPageTokens; ++token) __builtin_memcpy(out + token * width / 2, record + token * pairs, pairs);
+        return;
+    }
+    // Each token has a plane of four bits, with codes of six another one of two; those of four bits alone lie side by side.
+    const int64_t together = code.bits == 4 && width == dim ? kPageTokens : 1;
+    for (int64_t token = 0; token < kPageTokens; token += together) {
+        const uint8_t* plane = record + token * pairs * code.bits / 8;
+        for (int64_t pair = 0; pair < pairs * together; pair += kLanes) {
+            Bytes codes = nibbles(plane + pair / 2);
+            if (code.bits == 6) codes = select(0x3C, shifted(codes, -2), nibble_halves(plane + pairs / 2 + pair / 4));
+            store(out + token * width / 2 + pair, codes);
         }
     }
 }
 
-// Puts a sequence's exact first tokens in the place of what their codes stand for; their norms are 1.
-static inline void read_exactly(const uint8_t* record, int64_t tokens, int64_t dim, const float* mean, float* out) {
-    for (int64_t i = 0; i < tokens * dim; i += kBlockRows) {
-        store_floats(out + i, load_bf16((const uint16_t*)record + i));
-        for (int64_t lane = 0; lane < kBlockRows; ++lane) out[i + lane] -= mean[(i + lane) % dim];
+// Levels of a page's keys, ready for products along the head: of every 16 tokens, fours of one half of 4 pairs and of the
+// other by turns, each of all tokens. kVectors vectors hold 16 tokens' codes.
+template <int kBits, int kVectors>
+static inline void read_keys(const LevelTable<kBits>& table, const uint8_t* codes, uint8_t* levels) {
+    for (int64_t first = 0; first < kPageTokens; first += kBlockRows) {
+        Bytes fours[kVectors];
+        for (int v = 0; v < kVectors; ++v, codes += kLanes) fours[v] = load(codes);
+        for (int done = 1; done < kVectors; done *= 2) {  // each turn moves one bit of a four's place from its end to its front
+            Bytes moved[kVectors];
+            for (int v = 0; v < kVectors / 2; ++v) {
+                moved[v] = even_fours(fours[2 * v], fours[2 * v + 1]);
+                moved[kVectors / 2 + v] = odd_fours(fours[2 * v], fours[2 * v + 1]);
+            }
+            for (int v = 0; v < kVectors; ++v) fours[v] = moved[v];
+        }
+        for (int v = 0; v < kVectors; ++v, levels += 2 * kLanes) {
+            const PairLevels found = table.look_up(fours[v]);
+            store(levels, found.firsts);
+            store(levels + kLanes, found.seconds);
+        }
+    }
+}
+
+// Levels of a page's values, ready for sums over tokens t, t + 16, t + 32 and t + 48: of every t, 16 pairs at a time, the
+// fours of their one half and of their other.
+template <int kBits>
+static inline void read_values(const LevelTable<kBits>& table, const uint8_t* codes, int64_t width, uint8_t* levels) {
+    const int64_t quarter = kPageTokens / 4 * width / 2;
+    for (int64_t place = 0; place < quarter; place += kLanes) {
+        Bytes even[2], odd[2], fours[4];
+        zip_bytes(load(codes + place), load(codes + 2 * quarter + place), even);
+        zip_bytes(load(codes + quarter + place), load(codes + 3 * quarter + place), odd);
+        for (int half = 0; half < 2; ++half) zip_bytes(even[half], odd[half], fours + 2 * half);
+        for (int v = 0; v < 4; ++v, levels += 2 * kLanes) {
+            const PairLevels found = table.look_up(fours[v]);
+            store(levels, found.firsts);
+            store(levels + kLanes, found.seconds);
+        }
     }
 }
 
