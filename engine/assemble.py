@@ -67,7 +67,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         model_config,
         max_model_len,
         device,
-        lambda specs: set_up_sealed(directory, decoder, config.default_bit_width, max_model_len, specs),
+        lambda specs: set_up_sealed(reader, decoder, config.default_bit_width, max_model_len, specs),
     )
     if decoder.native is not None and not decoder.native.can_read(pool):
         logger.warning(

@@ -31,8 +31,10 @@ Qwen, whose keys have biases, is off by 8.3, 5.4 and 3.6 times as much, and the 
 """
 
 LEAST_TOKENS = 2 * PAGE_SIZE  # a page that is read as codes, and one whose queries read it
-MOST_PAGES = 4
+MOST_TOKENS = 4 * PAGE_SIZE
 """Of the text; more would find the same and cost the start more time."""
+
+_MOST_PAGES = MOST_TOKENS // PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def check_format(
 
     def errors_of(layer: int, spec: KVSpec) -> LayerErrors:
         return layer_errors(
-            heads[layer], sealed_layer(spec, layer, MOST_PAGES, weights, device), settings[layer], device
+            heads[layer], sealed_layer(spec, layer, _MOST_PAGES, weights, device), settings[layer], device
         )
 
     errors = tuple(errors_of(layer, spec) for layer in range(spec.num_layers))
@@ -126,9 +128,9 @@ def check_format(
 def layer_errors(
     heads: LayerHeads, layer: SealedLayer, settings: AttentionSettings, device: torch.device | str = "cpu"
 ) -> LayerErrors:
-    """Errors of a text's first whole pages in a layer with MOST_PAGES empty sealed pages; attention's are those of the last
+    """Errors of a text's first whole pages in a layer with _MOST_PAGES empty sealed pages; attention's are those of the last
     page's queries, which read all others as codes."""
-    num_pages = min(heads.num_tokens // PAGE_SIZE, MOST_PAGES)
+    num_pages = min(heads.num_tokens // PAGE_SIZE, _MOST_PAGES)
     queries, keys, values = (
         rows[:, : num_pages * PAGE_SIZE].to(device) for rows in (heads.queries, heads.keys, heads.values)
     )
@@ -164,7 +166,7 @@ def layer_errors(
 @functools.cache
 def _code_error(kv_format: str, head_dim: int) -> float:
     """What codes of the format are off by on normally distributed numbers: keys' or values', whichever is larger."""
-    rows = torch.randn(MOST_PAGES, PAGE_SIZE, head_dim, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(_MOST_PAGES, PAGE_SIZE, head_dim, generator=torch.Generator().manual_seed(0))
     names = parse_format(kv_format)
     codecs = codec_of(names.keys, True), codec_of(names.values, False)
     return max(_relative(codec.decode(codec.encode(rows)) - rows, rows) for codec in codecs)

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
-from anybit.engine.key_balance import estimate_balance
-from anybit.engine.kv_selfcheck import LEAST_TOKENS, check_format
+from anybit.engine.key_balance import KeyBalance, load_key_balance
+from anybit.engine.kv_selfcheck import LEAST_TOKENS, MOST_TOKENS, check_format
 from anybit.engine.models.decoder import Decoder
-from anybit.engine.prompt_heads import prompt_tokens, read_heads
+from anybit.engine.prompt_heads import LayerHeads, prompt_tokens, read_heads
+from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.kvcache.formats import is_rotated, parse_format
 from anybit.kvcache.spec import KVSpec
 
@@ -31,26 +31,50 @@ class SealedSetup:
 
 
 def set_up_sealed(
-    directory: Path, decoder: Decoder, bit_width: int, max_positions: int, specs: Sequence[KVSpec]
+    reader: CheckpointReader, decoder: Decoder, bit_width: int, max_positions: int, specs: Sequence[KVSpec]
 ) -> SealedSetup:
-    """Balance weights for the formats that rotate keys, and the check of all (`kv_selfcheck`), from a page of text.
+    """Balance weights for the formats that rotate keys, the checkpoint's or from a page of text, and the check of all
+    formats with that text (`kv_selfcheck`).
 
-    Reads the weights at `bit_width`. A context of too few tokens leaves keys unbalanced and formats unchecked.
+    Reads the weights at `bit_width`. A context of too few tokens leaves formats unchecked. CheckpointError if the
+    checkpoint's balance weights cannot be read.
     """
-    token_ids = prompt_tokens(directory, max_positions)
+    is_balanced = any(is_rotated(parse_format(spec.format).keys) for spec in specs)
+    weights = _stored_weights(reader, decoder) if is_balanced else None
+    lacks_weights = is_balanced and weights is None
+    token_ids = prompt_tokens(reader.directory, max_positions)
     if len(token_ids) < LEAST_TOKENS:
         logger.warning(
-            "Keys are kept without balance weights and KV formats unchecked: there are %d tokens for both.",
+            "KV formats are unchecked%s: there are %d tokens for that.",
+            ", and keys without balance weights" if lacks_weights else "",
             len(token_ids),
         )
-        return SealedSetup.unchecked(specs)
-    heads = read_heads(decoder, token_ids, bit_width)
-    weights = None
-    if any(is_rotated(parse_format(spec.format).keys) for spec in specs):
-        weights = estimate_balance(heads)
-        logger.info("Balance weights of the keys were estimated from %d tokens.", len(token_ids))
+        return SealedSetup(weights, {spec.format: spec for spec in specs})
+    heads = read_heads(decoder, token_ids if lacks_weights else token_ids[:MOST_TOKENS], bit_width)
+    if lacks_weights:
+        weights = _estimated_weights(heads)
     settings = [layer.attention.settings for layer in decoder.layers]
     checks = [check_format(spec, heads, settings, weights, decoder.device) for spec in specs]
     for check in checks:
         check.report()
     return SealedSetup(weights, {check.spec.format: check.spec for check in checks})
+
+
+def _stored_weights(reader: CheckpointReader, decoder: Decoder) -> list[Tensor] | None:
+    entry = reader.manifest.key_balance
+    if entry is None:
+        return None
+    weights = load_key_balance(reader.directory, decoder.config)
+    logger.info(
+        "Balance weights of the keys are the checkpoint's, from %d tokens of %s.",
+        entry.tokens,
+        " and ".join(entry.texts),
+    )
+    return weights
+
+
+def _estimated_weights(heads: Sequence[LayerHeads]) -> list[Tensor]:
+    balance = KeyBalance()
+    balance.add(heads)
+    logger.info("Balance weights of the keys were estimated from %d tokens.", heads[0].num_tokens)
+    return balance.weights()

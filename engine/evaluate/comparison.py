@@ -41,7 +41,7 @@ class Comparison:
         sealed = [spec for spec in specs if not spec.is_exact]
         setup = None
         if sealed:
-            setup = set_up_sealed(self.reader.directory, decoder, max(bit_widths), self.max_positions, sealed)
+            setup = set_up_sealed(self.reader, decoder, max(bit_widths), self.max_positions, sealed)
         return [
             Variant(str(width), decoder, width, name, effective_bits(entries, width), setup=setup)
             for width in bit_widths

@@ -19,13 +19,15 @@ class QuantizeOptions:
     of a row one scale and zero. `calibration` names UTF-8 files or "shipped"; each gives as many windows. What is None is
     chosen by the method: `sequences` of `context` tokens, the damping of Hessians relative to their mean diagonal, and
     whether the linears of a block see what those before them in the block have become (`true_sequential`).
-    `stages` 1 leaves out all training."""
+    `stages` 1 leaves out all training. From the texts `kv_calibration`, named likewise, the balance weights of keys are
+    estimated that compressed KV formats use; without any, servers estimate them at their start."""
 
     method: str = "rtn"
     bit_widths: tuple[int, ...] = BIT_WIDTHS
     group_size: int | None = None
     per_channel: bool = False
     calibration: tuple[str, ...] = (SHIPPED,)
+    kv_calibration: tuple[str, ...] = ()
     sequences: int | None = None
     context: int | None = None
     damping: float | None = None

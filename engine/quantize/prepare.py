@@ -7,12 +7,14 @@ import msgspec
 
 from anybit.engine.errors import SourceError
 from anybit.engine.evaluate.report import quick_perplexity
+from anybit.engine.key_balance import FILE_NAME
 from anybit.engine.machine import resolve_device
+from anybit.engine.quantize.kv_calibration import calibrate_keys
 from anybit.engine.quantize.options import QuantizeOptions
 from anybit.engine.quantize.run import quantize
 from anybit.engine.weights.cache import building, require_free_space
 from anybit.engine.weights.download import demo_gguf, hub_snapshot
-from anybit.engine.weights.manifest import Manifest, write_manifest
+from anybit.engine.weights.manifest import Manifest, file_sha256, write_manifest
 from anybit.engine.weights.open_source import open_source
 from anybit.engine.weights.progress_file import clear_progress, report_progress
 from anybit.engine.weights.resolve import is_repository
@@ -20,7 +22,7 @@ from anybit.engine.weights.selfcheck import check_checkpoint
 from anybit.engine.weights.source import SourceModel
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); a stage is one of "download", "quantize", "measure"."""
+"""Called with (stage, done, total); a stage is one of "download", "quantize", "keys", "measure"."""
 
 
 def fetch_source(source: str, progress: Progress = lambda *_: None) -> SourceModel:
@@ -59,7 +61,14 @@ def _prepare(source: str, destination: Path, options: QuantizeOptions, progress:
         manifest = quantize(
             model, partial, options, lambda done, total, _: progress("quantize", done, total), work_beside=destination
         )
-        check_checkpoint(partial, resolve_device(options.device))
+        device = resolve_device(options.device)
+        check_checkpoint(partial, device)
+        if options.kv_calibration:
+            entry = calibrate_keys(
+                partial, options.kv_calibration, options.seed, device, lambda done, total: progress("keys", done, total)
+            )
+            files = {**manifest.files, FILE_NAME: file_sha256(partial / FILE_NAME)}
+            manifest = msgspec.structs.replace(manifest, key_balance=entry, files=files)
         perplexity, text = quick_perplexity(partial, model, lambda done, total: progress("measure", done, total))
         manifest = msgspec.structs.replace(manifest, perplexity=perplexity, perplexity_text=text)
         write_manifest(partial, manifest)

@@ -13,6 +13,7 @@ from anybit.engine.errors import SourceError, UnsupportedModelError
 from anybit.engine.models.registry import parse_config
 from anybit.engine.quantize.calibrate.tokens import read_calibration
 from anybit.engine.quantize.calibrated import Solution, solve_calibrated
+from anybit.engine.quantize.kv_calibration import key_windows
 from anybit.engine.quantize.options import QuantizeOptions
 from anybit.engine.quantize.rtn import float_part_dtype, quantize_rtn
 from anybit.engine.quantize.solve.coded import CodedWeight, to_nested
@@ -48,6 +49,8 @@ def quantize(
     if missing:
         raise SourceError(f"The model {source.name} lacks the tensor {missing[0]}.")
     source.write_tokenizer(destination)
+    if options.kv_calibration:  # used when all else is done, but a text that will not do is told of now
+        key_windows(destination, options.kv_calibration, options.seed)
     solution = Solution({}, {}, {})
     work = None
     if options.is_calibrated:
@@ -100,7 +103,7 @@ def _identity(source: SourceModel, options: QuantizeOptions) -> dict[str, object
     texts = [read_calibration(name) for name in options.calibration]
     return {
         "source": source.sha256(),
-        "options": asdict(options),
+        "options": {name: value for name, value in asdict(options).items() if name != "kv_calibration"},
         "texts": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
         "version": importlib.metadata.version("anybit"),
     }

@@ -28,6 +28,7 @@ def describe_checkpoint(directory: Path, lm_head_bits: int = 8) -> dict[str, Any
         "file_bytes": sum(path.stat().st_size for path in directory.iterdir()),
         "resident_bytes": resident,
         "lm_head_bits": lm_head_bits,
+        "key_balance": msgspec.to_builtins(manifest.key_balance),
         "perplexity_text": manifest.perplexity_text,
         "widths": [msgspec.to_builtins(width_info(manifest, width, lm_head_bits)) for width in manifest.bit_widths],
     }

@@ -23,12 +23,19 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     float_dtype: str
 
 
+class KeyBalanceEntry(msgspec.Struct, frozen=True):
+    """What the balance weights of the keys come from: SHA-256 of each text by its file's name, tokens of all."""
+
+    texts: dict[str, str]
+    tokens: int
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a reader must know before it opens a shard.
 
     `tensors` names the nested weights; what else the shards hold (norms, biases) is float. `perplexity` maps a
     bit-width or "float" to what was measured on `perplexity_text` when the checkpoint was made. `files` maps every
-    other file of the directory to its SHA-256.
+    other file of the directory to its SHA-256. With `key_balance` there is a file of balance weights (`engine.key_balance`).
     """
 
     format_version: int = FORMAT_VERSION
@@ -42,6 +49,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source_location: str
     source_sha256: str
     calibration: dict[str, Any] | None = None
+    key_balance: KeyBalanceEntry | None = None
     perplexity: dict[str, float] = {}
     perplexity_text: str = ""
     files: dict[str, str] = {}

@@ -11,21 +11,58 @@ from anybit.kernels.page_layout import PAGE_TOKENS
 from anybit.kernels.portable.hadamard import rotate, rotation_signs, unrotate
 
 
-def balance_weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """w of each KV head and channel, of geometric mean 1: float32 [kv_heads, head_dim].
+class BalanceMoments:
+    """Second moments of one layer's queries and keys, added up over texts, and the weights that follow from them."""
 
-    queries [sequences, heads, tokens, head_dim] and keys [sequences, kv_heads, tokens, head_dim] of one layer as attention
-    sees them; only whole pages of keys count, for σ(k) is what varies within a page.
-    """
-    sequences, kv_heads, tokens, head_dim = keys.shape
-    if tokens < PAGE_TOKENS:
-        raise ValueError(f"Balance weights need a page of {PAGE_TOKENS} tokens at least, not {tokens}.")
-    whole = tokens // PAGE_TOKENS * PAGE_TOKENS
-    pages = keys[:, :, :whole].float().reshape(sequences, kv_heads, -1, PAGE_TOKENS, head_dim)
-    spread = (pages - pages.mean(3, keepdim=True)).square().mean((0, 2, 3)).sqrt()
-    sizes = queries.float().reshape(sequences, kv_heads, -1, head_dim).square().mean((0, 2)).sqrt()
-    logs = (_positive(sizes).log() - _positive(spread).log()) / 2
-    return (logs - logs.mean(1, keepdim=True)).exp()
+    def __init__(self) -> None:
+        self._queries = _Mean()
+        self._spread = _Mean()
+
+    def add(self, queries: Tensor, keys: Tensor) -> None:
+        """queries [sequences, heads, tokens, head_dim], keys [sequences, kv_heads, tokens, head_dim], as in attention.
+
+        Only whole pages of keys count, for σ(k) is what varies within a page; ValueError if there are none.
+        """
+        sequences, kv_heads, tokens, head_dim = keys.shape
+        if tokens < PAGE_TOKENS:
+            raise ValueError(f"Balance weights need a page of {PAGE_TOKENS} tokens at least, not {tokens}.")
+        whole = tokens // PAGE_TOKENS * PAGE_TOKENS
+        pages = keys[:, :, :whole].float().reshape(sequences, kv_heads, -1, PAGE_TOKENS, head_dim)
+        self._spread.add((pages - pages.mean(3, keepdim=True)).square().transpose(1, 3).flatten(0, 2))
+        by_head = queries.float().reshape(sequences, kv_heads, -1, head_dim)
+        self._queries.add(by_head.square().transpose(1, 2).flatten(0, 1))
+
+    def weights(self) -> Tensor:
+        """w of each KV head and channel, of geometric mean 1: float32 [kv_heads, head_dim]."""
+        sizes, spread = self._queries.value().sqrt(), self._spread.value().sqrt()
+        logs = (_positive(sizes).log() - _positive(spread).log()) / 2
+        return (logs - logs.mean(1, keepdim=True)).exp()
+
+
+class _Mean:
+    """Of rows [rows, kv_heads, head_dim] that come in parts; in float64, so that many can come."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def add(self, rows: Tensor) -> None:
+        total = rows.sum(0, dtype=torch.float64)
+        self._total = total if self._total is None else self._total + total
+        self._count += len(rows)
+
+    def value(self) -> Tensor:
+        """float32 [kv_heads, head_dim]; ValueError before the first rows."""
+        if self._total is None:
+            raise ValueError("Balance weights need a text.")
+        return (self._total / self._count).float()
+
+
+def balance_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """`BalanceMoments.weights` of one part: float32 [kv_heads, head_dim]."""
+    moments = BalanceMoments()
+    moments.add(queries, keys)
+    return moments.weights()
 
 
 class PageBasis:

@@ -52,6 +52,11 @@ def inspect(
         f"{report['checkpoint']}: {report['source']}, method {report['method']}, group size {report['group_size']}"
     )
     console.print(f"{report['num_files']} files, {report['file_bytes'] / 2**20:.1f} MiB, every hash verified")
+    balance = report["key_balance"]
+    if balance is not None:
+        console.print(
+            f"keys balanced on {balance['tokens']} tokens of {' and '.join(balance['texts'])}, for KV formats"
+        )
     for name, progress in preparations.items():
         console.print(
             f"{name} is being prepared: {progress.stage} {progress.percent} % ({progress.done} of {progress.total}); "

@@ -19,6 +19,7 @@ from anybit.engine.weights.resolve import ResolvedModel, resolve_model
 _STAGES = {
     "download": "Downloading the model",
     "quantize": "Quantizing",
+    "keys": "Balancing keys",
     "measure": "Measuring perplexity",
     "evaluate": "Scoring the text",
     "tasks": "Answering questions",

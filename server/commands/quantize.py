@@ -33,6 +33,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    kv_calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|shipped",
+            help="UTF-8 text to balance keys on, for compressed KV formats, repeatable; without it, done at every start.",
+            show_default=False,
+        ),
+    ] = None,
     sequences: Annotated[
         int | None,
         typer.Option(min=4, max=1 << 16, help="Windows of the text to use.", show_default=False),
@@ -62,6 +70,7 @@ def quantize(
         group_size=parse_group_size(group_size),
         per_channel=per_channel,
         calibration=tuple(calibration or (SHIPPED,)),
+        kv_calibration=tuple(kv_calibration or ()),
         sequences=sequences,
         context=context,
         damping=damping,

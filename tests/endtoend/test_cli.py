@@ -127,6 +127,17 @@ def test_inspect_json_counts_bits(tiny_checkpoint: Path, cache: Path, tmp_path: 
     assert 2 + 32 / 128 < first["effective_bits"] < 2 + 32 / 64
 
 
+def test_quantize_balances_keys_on_a_text_and_inspect_says_so(tiny_source: Path, cache: Path, tmp_path: Path) -> None:
+    destination, out = tmp_path / "balanced", tmp_path / "inspect.json"
+    made = run_anybit(
+        "quantize", tiny_source, destination, "--method", "rtn", "--kv-calibration", "shipped", cache=cache
+    )
+    assert made.returncode == 0, made.stderr
+    shown = run_anybit("inspect", destination, "--json", out, cache=cache)
+    assert "keys balanced on 8192 tokens of shipped" in shown.stdout
+    assert list(json.loads(out.read_text())["key_balance"]["texts"]) == ["shipped"]
+
+
 def test_eval_json_has_every_width_and_the_float_model(tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "eval.json", tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. Hello world, how are you today? " * 20)

@@ -1,16 +1,23 @@
 """The cache of prepared models: all or nothing, one builder at a time, storage errors told in a sentence."""
 
 import errno
+import logging
 import os
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from anybit.engine.errors import SourceError, StorageError
-from anybit.engine.quantize import prepare
+from anybit.engine.assemble import assemble
+from anybit.engine.config import EngineConfig
+from anybit.engine.errors import CheckpointError, SourceError, StorageError
+from anybit.engine.key_balance import FILE_NAME, load_key_balance, save_key_balance
+from anybit.engine.models.registry import read_config
+from anybit.engine.quantize import prepare, run
 from anybit.engine.quantize.run import QuantizeOptions
 from anybit.engine.weights.cache import building, cache_root, require_free_space, storage_errors
+from anybit.engine.weights.description import describe_checkpoint
 from anybit.engine.weights.manifest import read_manifest, verify_files
 from anybit.engine.weights.resolve import resolve_model
 from tests.fixtures.sentences import assert_one_sentence
@@ -226,6 +233,52 @@ def test_prepare_quantizes_measures_and_publishes(tiny_source, tmp_path):
     assert manifest.perplexity_text.startswith("alice_in_wonderland.txt")
     assert [stage for stage, done, total in stages if done == total] == ["quantize", "measure"]
     assert visible(tmp_path) == ["new"]
+
+
+def test_prepare_balances_keys_on_a_text_where_it_is_asked_to(tiny_source, tmp_path, caplog):
+    (tmp_path / "mine.txt").write_text(" ".join(f"word{number}" for number in range(5000)))
+    options = QuantizeOptions(bit_widths=(4, 8), kv_calibration=("shipped", str(tmp_path / "mine.txt")))
+    stages = []
+    manifest = prepare.prepare_checkpoint(
+        str(tiny_source), tmp_path / "new", options, lambda *step: stages.append(step)
+    )
+    assert [stage for stage, done, total in stages if done == total] == ["quantize", "keys", "measure"]
+    assert manifest.key_balance is not None
+    assert list(manifest.key_balance.texts) == ["shipped", "mine.txt"]
+    assert manifest.key_balance.tokens == 16 * 512
+    assert describe_checkpoint(tmp_path / "new")["key_balance"]["tokens"] == 16 * 512
+    weights = load_key_balance(tmp_path / "new", read_config(tmp_path / "new"))
+    assert [weight.shape for weight in weights] == [(2, 16)] * 2
+    config = EngineConfig(str(tmp_path / "new"), "tiny", max_num_seqs=1, kv_format="qet4", kv_cache_bytes=1 << 20)
+    with caplog.at_level(logging.INFO):
+        core, _ = assemble(config)
+    assert "the checkpoint's, from 8192 tokens of shipped and mine.txt" in caplog.text
+    assert "were estimated" not in caplog.text
+    served = [layer.basis.weights for layer in core._runner._pool.sealed["qet4"].layers]
+    assert all(torch.equal(*pair) for pair in zip(served, weights, strict=True))
+
+
+@pytest.mark.parametrize(("text", "part"), [(None, "cannot be read"), ("too short", "fewer than one window")])
+def test_prepare_refuses_a_text_for_keys_before_any_work(tiny_source, tmp_path, monkeypatch, text, part):
+    if text is not None:
+        (tmp_path / "mine.txt").write_text(text)
+    monkeypatch.setattr(run, "ShardWriter", None)
+    options = QuantizeOptions(bit_widths=(4,), kv_calibration=(str(tmp_path / "mine.txt"),))
+    with pytest.raises(SourceError) as caught:
+        prepare.prepare_checkpoint(str(tiny_source), tmp_path / "new", options)
+    assert_one_sentence(caught.value, part)
+
+
+@pytest.mark.parametrize("weights", [{}, {0: torch.ones(2, 16), 1: torch.ones(2, 8)}, {0: torch.zeros(2, 16)}, None])
+def test_balance_weights_that_are_not_the_models_are_refused(tiny_source, tmp_path, weights):
+    if weights is None:
+        (tmp_path / FILE_NAME).write_bytes(b"nothing")
+    else:
+        stored = {0: torch.ones(2, 16), 1: torch.ones(2, 16), **weights} if weights else {}
+        save_key_balance(tmp_path, list(stored.values()))
+    with pytest.raises(CheckpointError) as caught:
+        load_key_balance(tmp_path, read_config(tiny_source))
+    assert_one_sentence(caught.value, FILE_NAME, "quantize")
 
 
 def test_prepare_leaves_nothing_when_a_step_fails(tiny_source, tmp_path, monkeypatch):

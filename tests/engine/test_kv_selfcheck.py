@@ -135,4 +135,4 @@ def test_a_context_too_short_for_the_check_is_told_of(config, caplog, monkeypatc
     with caplog.at_level(logging.WARNING):
         _, info = assemble(replace(config, max_model_len=100))
     assert info.kv_formats[0].raised_layers == []
-    assert "there are 100 tokens for both" in caplog.text
+    assert "KV formats are unchecked, and keys without balance weights: there are 100 tokens" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anybit.engine.errors import CapacityError
-from anybit.engine.key_balance import estimate_balance
+from anybit.engine.key_balance import KeyBalance
 from anybit.engine.models.native import NativeLayers
 from anybit.engine.prompt_heads import read_heads
 from anybit.engine.quantize.run import QuantizeOptions, quantize
@@ -220,13 +220,15 @@ def test_slots_cover_a_step_wherever_it_begins():
 
 
 def test_balance_weights_are_estimated_from_a_text(decoder):
-    weights = estimate_balance(read_heads(decoder, prompt(200, seed=3), 8))
+    balance = KeyBalance()
+    balance.add(read_heads(decoder, prompt(200, seed=3), 8))
+    weights = balance.weights()
     assert len(weights) == 3
     for weight in weights:
         assert weight.shape == (2, 16)
         assert torch.allclose(weight.log().mean(1), torch.zeros(2), atol=1e-5)
     with pytest.raises(ValueError, match="page of 64 tokens"):
-        estimate_balance(read_heads(decoder, prompt(20, seed=3), 8))
+        balance.add(read_heads(decoder, prompt(20, seed=3), 8))
 
 
 def test_a_cache_of_two_exact_formats_has_one_pool(decoder):

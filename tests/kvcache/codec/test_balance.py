@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anybit.kernels.portable.hadamard import rotate, rotation_signs, unrotate
-from anybit.kvcache.codec.balance import PageBasis, balance_weights
+from anybit.kvcache.codec.balance import BalanceMoments, PageBasis, balance_weights
 from anybit.kvcache.codec.pages import PairCodec
 from anybit.kvcache.codec.universal import universal_table
 
@@ -30,6 +30,23 @@ def uneven(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.randn(2, 2, 256, 64, generator=generator) * sizes + 5 * sizes
     queries = torch.randn(2, 4, 256, 64, generator=generator) / sizes**2
     return queries, keys
+
+
+def test_weights_of_texts_in_parts_are_those_of_all_together() -> None:
+    parts = [uneven(seed) for seed in range(3)]
+    moments = BalanceMoments()
+    for queries, keys in parts:
+        moments.add(queries, keys)
+    queries, keys = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    assert torch.allclose(moments.weights(), balance_weights(queries, keys), rtol=1e-6)
+    assert not torch.allclose(moments.weights(), balance_weights(*parts[0]), rtol=1e-2)
+
+
+def test_weights_need_a_page() -> None:
+    with pytest.raises(ValueError, match="64 tokens at least, not 63"):
+        balance_weights(torch.zeros(1, 2, 63, 8), torch.zeros(1, 2, 63, 8))
+    with pytest.raises(ValueError, match="need a text"):
+        BalanceMoments().weights()
 
 
 def test_products_are_kept() -> None:
