@@ -24,6 +24,7 @@ from anybit.kernels.cpu.stack import (
     StackShape,
 )
 from anybit.kvcache.pool import KVPool
+from anybit.kvcache.sealed_pool import Seals
 
 if TYPE_CHECKING:
     from anybit.engine.models.decoder import DecoderLayer
@@ -43,11 +44,7 @@ class NativeLayers:
 
     def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """float32 [rows, hidden] -> the same tensor, after all layers."""
-        pages = self._pages.get(pool)
-        if pages is None:
-            pages = self._pages[pool] = self._stack.describe_pages(
-                [self._layer_pages(pool, i) for i in range(self._num_layers)]
-            )
+        pages = self._described(pool)
         if not plan.sealed:
             groups = [StackGroup(group.row_ids, group.block_tables) for group in plan.attention_groups]
             return self._stack.run(
@@ -69,8 +66,25 @@ class NativeLayers:
             if not is_all:
                 hidden[rows] = computed
             for kv_format, seals in part.seals:
-                pool.seal(kv_format, seals)
+                self.seal(pool, kv_format, seals)
         return hidden
+
+    def seal(self, pool: KVPool, kv_format: str, seals: Seals) -> None:
+        """What `KVPool.seal` does, natively."""
+        sealed = pool.sealed[kv_format]
+        with sealed.clock.running():
+            self._stack.seal(seals.slots, seals.page_ids, list(pool.sealed).index(kv_format), self._described(pool))
+            for index, layer in enumerate(sealed.layers if len(seals.first_slots) else ()):
+                keys, values = pool.keys(index)[seals.first_slots], pool.values(index)[seals.first_slots]
+                layer.pages.keep_exactly(seals.first_page_ids, keys, values)
+
+    def _described(self, pool: KVPool) -> DescribedPages:
+        pages = self._pages.get(pool)
+        if pages is None:
+            pages = self._pages[pool] = self._stack.describe_pages(
+                [self._layer_pages(pool, i) for i in range(self._num_layers)]
+            )
+        return pages
 
     def _layer_pages(self, pool: KVPool, layer: int) -> StackPages:
         sealed = [describe_layer(of_format.layers[layer]) for of_format in pool.sealed.values()]

@@ -16,7 +16,7 @@ from anybit.kernels.cpu.sealed_pages import PairRecords, StackSealedPages
 from anybit.kernels.cpu.stack import StackGroup
 from anybit.kernels.widths import WidthSegment
 from anybit.kvcache.codec.pages import CoarseCodec, PageCodec, PairCodec
-from anybit.kvcache.codec.pairs import PairTable
+from anybit.kvcache.codec.pairs import PairTable, TreeTable
 from anybit.kvcache.sealed_pool import SealedLayer, Seals
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -29,7 +29,7 @@ def can_describe(layer: SealedLayer) -> bool:
 def describe_layer(layer: SealedLayer) -> StackSealedPages:
     """For a layer that `can_describe` admits."""
     keys, values = (
-        PairRecords(records, _levels(codec), has_mean)
+        _describe_records(records, codec, has_mean)
         for records, codec, has_mean in zip(
             (layer.pages.keys, layer.pages.values), layer.pages.codecs, (True, False), strict=True
         )
@@ -37,14 +37,16 @@ def describe_layer(layer: SealedLayer) -> StackSealedPages:
     return StackSealedPages(keys, values, layer.pages.exact_tokens, layer.basis.weights, layer.basis.signs)
 
 
-def _levels(codec: PageCodec) -> Tensor:
-    """What each code stands for: float32 [2^bits, 2]."""
+def _describe_records(records: Tensor, codec: PageCodec, has_mean: bool) -> PairRecords:
+    if not isinstance(codec, PairCodec | CoarseCodec) or not isinstance(codec.table, PairTable):
+        raise ValueError("The native step reads pages of ordered pairs alone.")
+    table = codec.table
+    levels = table.levels
     if isinstance(codec, CoarseCodec):
-        fine, coarse = codec.table, codec.table.coarse
-        return coarse.levels[torch.arange(1 << fine.bits) >> (fine.bits - coarse.bits)]
-    if isinstance(codec, PairCodec) and isinstance(codec.table, PairTable):
-        return codec.table.levels
-    raise ValueError("The native step reads pages of ordered pairs alone.")
+        coarse = codec.table.coarse
+        levels = coarse.levels[torch.arange(1 << table.bits) >> (table.bits - coarse.bits)]
+    clusters = table.coarse.entries if isinstance(table, TreeTable) else table.entries.mean(0, keepdim=True)
+    return PairRecords(records, levels, table.entries, clusters, has_mean)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ def native_library() -> ctypes.CDLL | None:
         "anybit_pack_part": (None, [pointer, integer, integer, integer, integer, pointer]),
         "anybit_linear": (None, [pointer, pointer, integer, pointer, integer, pointer, pointer]),
         "anybit_stack": (None, [pointer, pointer, pointer, pointer]),
+        "anybit_seal": (None, [pointer, pointer, pointer]),
         "anybit_embedding": (None, [pointer, integer, pointer, integer, pointer]),
         "anybit_rms_norm": (None, [pointer, pointer, integer, integer, ctypes.c_float, pointer]),
         "anybit_greedy": (None, [pointer, integer, integer, pointer]),

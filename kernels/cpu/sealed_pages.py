@@ -14,10 +14,16 @@ _LARGEST_LEVEL = 127
 
 @dataclass(frozen=True, slots=True)
 class PairRecords:
-    """Records uint8 [pages, kv_heads, bytes] of ordered pairs, and what their codes stand for, float32 [2^bits, 2]."""
+    """Records uint8 [pages, kv_heads, bytes] of ordered pairs, and what their codes stand for, float32 [2^bits, 2].
+
+    Pages are sealed by `entries` float32 [2^(bits−1), 2]: the nearest of `clusters` [clusters, 2] is chosen first, then the
+    nearest of its entries, which lie side by side.
+    """
 
     records: Tensor
     levels: Tensor
+    entries: Tensor
+    clusters: Tensor
     has_mean: bool
 
     @property
@@ -44,6 +50,9 @@ class _PairCode(ctypes.Structure):
         ("levels", ctypes.c_void_p),
         ("step", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("bits", "norms", "norm_range", "mean", "mean_range")),
+        ("entries", ctypes.c_void_p),
+        ("clusters", ctypes.c_void_p),
+        ("num_clusters", ctypes.c_int64),
     ]
 
 
@@ -90,7 +99,16 @@ class DescribedSealedPages:
         offsets = pair_layout(part.code_bits, part.has_mean, head_dim).offsets
         levels, step = _in_steps(part.levels)
         fields = (offsets["norms"], offsets["norm_range"], offsets.get("mean", -1), offsets.get("mean_range", -1))
-        return _PairCode(self._kept(levels), step, part.code_bits, *fields)
+        entries, clusters = (points.to(torch.float32).contiguous() for points in (part.entries, part.clusters))
+        return _PairCode(
+            self._kept(levels),
+            step,
+            part.code_bits,
+            *fields,
+            self._kept(entries),
+            self._kept(clusters),
+            len(clusters),
+        )
 
     def _kept(self, tensor: Tensor) -> int:
         self._alive.append(tensor)

@@ -164,6 +164,15 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Seals(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("exact_pages", ctypes.c_void_p),
+        ("sealed_pages", ctypes.c_void_p),
+        ("sealed", ctypes.c_int64),
+    ]
+
+
 class DescribedPages:
     """Addresses of all layers' pages; keeps the sealed ones' memory alive."""
 
@@ -246,6 +255,11 @@ class LayerStack:
         )
         self._native.anybit_stack(ctypes.byref(self._model), ctypes.byref(batch), pages.layers, hidden.data_ptr())
         return hidden
+
+    def seal(self, exact_pages: Tensor, sealed_pages: Tensor, sealed: int, pages: "DescribedPages") -> None:
+        """Encode exact pages int64 [pages] of all layers to sealed ones of format number `sealed`."""
+        seals = _Seals(len(exact_pages), exact_pages.data_ptr(), sealed_pages.data_ptr(), sealed)
+        self._native.anybit_seal(ctypes.byref(self._model), pages.layers, ctypes.byref(seals))
 
 
 def _describe(layer: StackLayer) -> _Layer:

@@ -115,6 +115,11 @@ void anybit_stack(const Model* model, const Batch* batch, const Pages* pages, fl
     run_stack(kernels(), Workers::instance(), workspace, *model, *batch, pages, hidden);
 }
 
+void anybit_seal(const Model* model, const Pages* pages, const Seals* seals) {
+    std::lock_guard<std::mutex> lock(in_use);
+    run_seals(kernels(), Workers::instance(), *model, pages, *seals);
+}
+
 // out [count, in]: rows of the weight as floats.
 void anybit_embedding(const Weight* weight, int64_t bit_width, const int64_t* rows, int64_t count, float* out) {
     std::lock_guard<std::mutex> lock(in_use);

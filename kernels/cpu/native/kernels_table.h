@@ -9,9 +9,10 @@
 #include "attention_kernel.h"
 #include "sealed_attention_kernel.h"
 #include "attend_kernel.h"
+#include "seal_kernel.h"
 #include "choose_codes_kernel.h"
 
 static inline Kernels table(const char* name) {
     return {name, quantize, linear, rms_norm, rotate_and_write, attend, merge_states, write_attended, gate, add_rows, greedy,
-            choose_codes};
+            choose_codes, seal};
 }

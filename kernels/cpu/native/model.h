@@ -68,13 +68,18 @@ struct PairCode {
     int64_t norm_range;  // log2 of the lowest and the step, in half precision
     int64_t mean;        // [head_dim] bytes; -1: none
     int64_t mean_range;
+    // How pages are sealed: points of ordered pairs, [2^(bits-1), 2], those of a cluster side by side, and the points of the
+    // clusters, of which the nearest is chosen first.
+    const float* entries;
+    const float* clusters;
+    int64_t num_clusters;
 };
 
 // Sealed pages of one layer: records [pages, kv_heads, bytes]. Vectors are in another basis: signs [head_dim] and a Hadamard
 // rotation, before which keys are multiplied by weights [kv_heads, head_dim] (null: none) and queries divided by them.
 struct SealedPages {
-    const uint8_t* keys;
-    const uint8_t* values;
+    uint8_t* keys;
+    uint8_t* values;
     int64_t key_bytes;
     int64_t value_bytes;
     PairCode key_code, value_code;
@@ -89,6 +94,14 @@ struct Pages {
     uint8_t* values;
     int64_t number_bytes;  // 2 or 4
     const SealedPages* sealed;
+};
+
+// Exact pages that become sealed ones of format `sealed`, in every layer.
+struct Seals {
+    int64_t count;
+    const int64_t* exact_pages;   // [count]
+    const int64_t* sealed_pages;  // [count]
+    int64_t sealed;
 };
 
 // Sequences with the same number of new tokens. Of a sealed format, all new tokens of a sequence lie in one page, which is an

@@ -107,6 +107,7 @@ struct Pages;
 struct Batch;
 struct AttentionGroup;
 struct AttentionItem;
+struct PairCode;
 
 // What every instruction set implements; each gives the same bits. "Rows" are first .. last-1 of a batch.
 struct Kernels {
@@ -143,6 +144,8 @@ struct Kernels {
     Likeliest (*greedy)(const float* logits, int64_t first, int64_t last);
     // Of rows first .. last-1.
     void (*choose_codes)(const CodeBlock& block, int64_t first, int64_t last);
+    // Encodes an exact page of one key head, `numbers` [kPageTokens, dim] of bfloat16 or float32, to its record.
+    void (*seal)(const PairCode& code, const uint8_t* numbers, int64_t number_bytes, int64_t dim, uint8_t* record);
 };
 
 // Activations of inputs decoded together while many rows are computed: their codes stay in the first-level cache.

@@ -109,6 +109,7 @@ struct SealedQueries {
             for (int n = 0; n < kQueries; ++n)
                 for (int b = 0; b < kLevelBlocks; ++b) sums[n][b] = level_sums(scratch.fixed[query + head + n].start);
             const uint8_t* levels = scratch.levels + first * num_fours * 4;
+#pragma GCC unroll 4
             for (int64_t four = 0; four < num_fours; ++four)
                 for (int b = 0; b < kLevelBlocks; ++b) {
                     const Bytes keys = load(levels + (b * num_fours + four) * kLanes);
@@ -176,6 +177,7 @@ struct SealedQueries {
         for (int64_t v = 0; v < vectors; ++v) {
             LevelSums sums[kQueries][2];
             for (int n = 0; n < kQueries; ++n) sums[n][0] = sums[n][1] = level_sums(fixed[n].start);
+#pragma GCC unroll 4
             for (int64_t four = 0; four < kPageTokens / 4; ++four)
                 for (int half = 0; half < 2; ++half) {
                     const Bytes values = load(scratch.levels + ((four * vectors + v) * 2 + half) * kLanes);

@@ -268,4 +268,20 @@ void run_stack(const Kernels& kernels, Workers& workers, Workspace& space, const
     });
 }
 
+void run_seals(const Kernels& kernels, Workers& workers, const Model& model, const Pages* pages, const Seals& seals) {
+    const int64_t heads = model.num_kv_heads, dim = model.head_dim;
+    workers.each([&](Team& team) {
+        const int64_t records = model.num_layers * seals.count * heads;
+        for (int64_t index = team.first(records); index < team.last(records); ++index) {
+            const Pages& exact = pages[index / heads / seals.count];
+            const SealedPages& sealed = exact.sealed[seals.sealed];
+            const int64_t number = index / heads % seals.count, head = index % heads;
+            const int64_t from = (seals.exact_pages[number] * heads + head) * kPageTokens * dim * exact.number_bytes;
+            const int64_t to = seals.sealed_pages[number] * heads + head;
+            kernels.seal(sealed.key_code, exact.keys + from, exact.number_bytes, dim, sealed.keys + to * sealed.key_bytes);
+            kernels.seal(sealed.value_code, exact.values + from, exact.number_bytes, dim, sealed.values + to * sealed.value_bytes);
+        }
+    });
+}
+
 }  // namespace anybit

@@ -37,4 +37,7 @@ void run_linear(const Kernels& kernels, Workers& workers, Workspace& space, cons
 void run_stack(const Kernels& kernels, Workers& workers, Workspace& space, const Model& model, const Batch& batch,
                const Pages* pages, float* hidden);
 
+// Encodes pages of all layers; pages holds one entry per layer.
+void run_seals(const Kernels& kernels, Workers& workers, const Model& model, const Pages* pages, const Seals& seals);
+
 }  // namespace anybit
