@@ -77,6 +77,12 @@ inline Floats zero_below(Floats x, float limit, Floats v) {
         v.half[h] = _mm256_and_ps(v.half[h], _mm256_cmp_ps(x.half[h], _mm256_set1_ps(limit), _CMP_GE_OQ));
     return v;
 }
+// v where a < b, else w.
+inline Floats if_less(Floats a, Floats b, Floats v, Floats w) {
+    for (int h = 0; h < 2; ++h)
+        w.half[h] = _mm256_blendv_ps(w.half[h], v.half[h], _mm256_cmp_ps(a.half[h], b.half[h], _CMP_LT_OQ));
+    return w;
+}
 inline float first_lane(Floats v) { return _mm256_cvtss_f32(v.half[0]); }
 inline float max_lanes(Floats v) {
     const __m256 eight = _mm256_max_ps(v.half[0], v.half[1]);

@@ -43,6 +43,10 @@ inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats zero_below(Floats x, float limit, Floats v) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), v.v)};
 }
+// v where a < b, else w.
+inline Floats if_less(Floats a, Floats b, Floats v, Floats w) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), w.v, v.v)};
+}
 inline float first_lane(Floats v) { return _mm512_cvtss_f32(v.v); }
 inline float max_lanes(Floats v) { return _mm512_reduce_max_ps(v.v); }
 inline float sum_lanes(Floats v) {

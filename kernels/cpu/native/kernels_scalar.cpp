@@ -105,6 +105,11 @@ inline Floats zero_below(Floats x, float limit, Floats v) {
     for (int r = 0; r < kBlockRows; ++r) v.lanes[r] = x.lanes[r] >= limit ? v.lanes[r] : 0.0f;
     return v;
 }
+// v where a < b, else w.
+inline Floats if_less(Floats a, Floats b, Floats v, Floats w) {
+    for (int r = 0; r < kBlockRows; ++r) w.lanes[r] = a.lanes[r] < b.lanes[r] ? v.lanes[r] : w.lanes[r];
+    return w;
+}
 inline float first_lane(Floats v) { return v.lanes[0]; }
 inline float max_lanes(Floats v) {
     float largest = v.lanes[0];

@@ -1,4 +1,4 @@
-// Encodes whole pages as kvcache/codec/pages.py does. Plain loops, which compilers turn into vectors.
+// Encodes whole pages as kvcache/codec/pages.py does; most loops are plain, and compilers turn them into vectors.
 
 static inline void store_half(float value, uint8_t* to) {
     uint32_t bits;
@@ -68,18 +68,23 @@ static inline void store_norms(const PairCode& code, const float* norms, uint8_t
         record[code.norms + token] = norms[token] > 0.0f ? (uint8_t)(range.code_of(logs[token], 253.0f) + 1.0f) : 0;
 }
 
-// The nearest of `count` points of the plane to each of `pairs`, as numbers from 0 on; the first of equals.
+// The nearest of `count` points of the plane to each of `pairs`, as numbers from 0 on; the first of equals. Whole vectors of
+// pairs are read and written.
 static inline void nearest(const float* points, int64_t count, const float* high, const float* low, int64_t pairs,
                            int32_t* found) {
-    float least[kMaxHeadDim / 2];
-    for (int64_t pair = 0; pair < pairs; ++pair) least[pair] = __builtin_inff(), found[pair] = 0;
-    for (int64_t point = 0; point < count; ++point) {
-        const float x = points[2 * point], y = points[2 * point + 1];
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            const float right = x - high[pair], up = y - low[pair], distance = right * right + up * up;
-            found[pair] = distance < least[pair] ? (int32_t)point : found[pair];
-            least[pair] = distance < least[pair] ? distance : least[pair];
+    for (int64_t pair = 0; pair < pairs; pair += kBlockRows) {
+        const Floats first = mul(load_floats(high + pair), broadcast(-1.0f));
+        const Floats second = mul(load_floats(low + pair), broadcast(-1.0f));
+        Floats least = broadcast(__builtin_inff()), numbers = broadcast(0.0f);
+        for (int64_t point = 0; point < count; ++point) {
+            const Floats right = add(broadcast(points[2 * point]), first), up = add(broadcast(points[2 * point + 1]), second);
+            const Floats distance = add(mul(right, right), mul(up, up));
+            numbers = if_less(distance, least, broadcast((float)point), numbers);
+            least = if_less(distance, least, distance, least);
         }
+        float lanes[kBlockRows];
+        store_floats(lanes, numbers);
+        for (int64_t lane = 0; lane < kBlockRows; ++lane) found[pair + lane] = (int32_t)lanes[lane];
     }
 }
 
@@ -89,7 +94,7 @@ static inline float choose_pairs(const PairCode& code, const float* row, int64_t
     float squares = 0.0f;
     for (int64_t d = 0; d < dim; ++d) squares += row[d] * row[d];
     const float size = __builtin_sqrtf(squares / (float)dim), divisor = size > 0.0f ? size : 1.0f;
-    float high[kMaxHeadDim / 2], low[kMaxHeadDim / 2];
+    float high[kMaxHeadDim / 2] = {}, low[kMaxHeadDim / 2] = {};
     for (int64_t pair = 0; pair < pairs; ++pair) {
         const float a = row[2 * pair] / divisor, b = row[2 * pair + 1] / divisor;
         high[pair] = a > b ? a : b;
