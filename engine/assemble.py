@@ -83,7 +83,9 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     prefix_identity = checkpoint_hash if config.prefix_cache else None
     core = EngineCore(
         Runner(decoder, pool),
-        Scheduler(books, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), prefix_identity)),
+        Scheduler(
+            books, SchedulerConfig(config.num_seqs(device.type), config.step_tokens(device.type), prefix_identity)
+        ),
         max_model_len,
         WeightTraffic(
             {width: bytes_read(linear_entries(manifest), width) for width in bit_widths},
@@ -101,7 +103,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         default_bit_width=config.default_bit_width,
         lm_head_bits=config.lm_head_bits,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=config.num_seqs(device.type),
         vocab_size=model_config.vocab_size,
         eos_token_ids=_eos_token_ids(directory),
         weights_bytes=dict(loader.resident_bytes),

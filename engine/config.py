@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from anybit.engine.errors import AnyBitError
 
-_STEP_TOKENS = {"cpu": 256, "cuda": 512}
+_NUM_SEQS = {"cpu": 16, "cuda": 128}
+# On a GPU a prompt's weights are unpacked once a step, which few tokens would not pay for.
+_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 EXACT_KV_FORMATS = frozenset(("bf16", "float32"))
@@ -42,7 +44,8 @@ class EngineConfig:
 
     `bit_widths` empty means every width of the checkpoint. `max_model_len` 0 means what the model was trained for.
     `kv_format` is that of requests that name none: one of KV_FORMATS, or two ("qet4/qet3": keys, then values); `kv_formats`
-    are others on offer. `kv_cache_bytes` 0 means enough for `max_num_seqs` full contexts, but at most a quarter of the free
+    are others on offer. `max_num_seqs` sequences are computed together; 0 means what suits the device.
+    `kv_cache_bytes` 0 means enough for as many full contexts, but at most a quarter of the free
     memory (on a GPU most of it). `prefix_cache` keeps the pages of ended sequences for later ones with the same beginning.
     `threads` 0 means the physical cores. `max_step_tokens` bounds how many tokens one step computes, so that a long
     prompt delays running sequences by no more than that; 0 means what suits the device. `reproducible` asks for
@@ -60,7 +63,7 @@ class EngineConfig:
     device: str = "auto"
     threads: int = 0
     max_model_len: int = 0
-    max_num_seqs: int = 16
+    max_num_seqs: int = 0
     max_step_tokens: int = 0
     kv_cache_bytes: int = 0
     prefix_cache: bool = True
@@ -70,6 +73,10 @@ class EngineConfig:
     def served_kv_formats(self) -> tuple[str, ...]:
         """The default one first."""
         return tuple(dict.fromkeys((self.kv_format, *self.kv_formats)))
+
+    def num_seqs(self, device_type: str) -> int:
+        """Most sequences of one step on a device ("cpu", "cuda")."""
+        return self.max_num_seqs or _NUM_SEQS[device_type]
 
     def step_tokens(self, device_type: str) -> int:
         """Most tokens of one step on a device ("cpu", "cuda")."""
@@ -96,7 +103,7 @@ class EngineConfig:
         for name, number, least in (
             ("threads", self.threads, 0),
             ("max_model_len", self.max_model_len, 0),
-            ("max_num_seqs", self.max_num_seqs, 1),
+            ("max_num_seqs", self.max_num_seqs, 0),
             ("max_step_tokens", self.max_step_tokens, 0),
             ("kv_cache_bytes", self.kv_cache_bytes, 0),
         ):

@@ -24,7 +24,7 @@ from anybit.kernels import dispatch
 from anybit.kernels.cuda.activations import num_token_tiles
 from anybit.kernels.cuda.fragments import TILE_TOKENS
 from anybit.kernels.layout import BIT_WIDTHS
-from anybit.kernels.widths import TileWidths
+from anybit.kernels.widths import MIXED_ROWS, NO_WIDTH, TileWidths
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -97,7 +97,7 @@ class DecodeGraphs:
         self._decoder = decoder
         self._pool = pool
         self._memory = torch.cuda.graph_pool_handle()
-        most_rows = padded_rows(_MAX_ROWS + TILE_TOKENS * len(BIT_WIDTHS))
+        most_rows = padded_rows(_MAX_ROWS + MIXED_ROWS * len(BIT_WIDTHS))
         self._logits = torch.empty(most_rows, decoder.config.vocab_size, device=decoder.device)
         self._steps: dict[StepShape, _CapturedStep] = {}  # the least recently used first
 
@@ -120,8 +120,9 @@ class DecodeGraphs:
         rows: list[DecodeRow] = []
         end = 0
         widths = by_width(chunks)
+        alignment = row_alignment([len(members) for members in widths.values()])
         for width, members in widths.items():
-            start = end + -end % TILE_TOKENS
+            start = end + -end % alignment
             end = start + len(members)
             sequences += [chunk.sequence for chunk in members]
             rows += [DecodeRow(row, width) for row in range(start, end)]
@@ -150,6 +151,12 @@ def padded_rows(count: int) -> int:
         if count <= size:
             return size
     return count + -count % 16
+
+
+def row_alignment(counts: ReadOnly[int]) -> int:
+    """Rows of a width begin at a multiple of this, for so many rows of each (`TileWidths`)."""
+    few = sum(count + -count % TILE_TOKENS for count in counts) <= MIXED_ROWS
+    return TILE_TOKENS if few else MIXED_ROWS
 
 
 def padded_pages(count: int) -> int:
@@ -217,7 +224,7 @@ class _CapturedStep:
         fields = host[: _ROW_FIELDS * count].reshape(_ROW_FIELDS, count)
         tables = host[_ROW_FIELDS * count : (_ROW_FIELDS + pages) * count].reshape(count, pages)
         tile_widths = host[(_ROW_FIELDS + pages) * count :][: self._shape.num_tiles]
-        tile_widths[:] = self._shape.widths[0]
+        tile_widths[:] = NO_WIDTH
         fields[:] = 0
         fields[2] = self._scratch_page
         tables[:] = self._scratch_page

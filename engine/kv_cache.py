@@ -42,10 +42,11 @@ def build_cache(
     _check(exact, sealed)
     setup = set_up(sealed) if sealed else SealedSetup.unchecked(())
     specs = [setup.specs.get(spec.format, spec) for spec in specs]
-    num_slots = slots_needed(config.max_num_seqs, config.step_tokens(device.type)) if sealed else 0
+    num_seqs = config.num_seqs(device.type)
+    num_slots = slots_needed(num_seqs, config.step_tokens(device.type)) if sealed else 0
     budget = config.kv_cache_bytes or int(free_bytes(device) * _KV_SHARE_OF_FREE[device.type])
     share = (budget - num_slots * exact.page_bytes) // len(specs)
-    pages = {spec.format: _num_pages(spec, share, config, max_model_len) for spec in specs}
+    pages = {spec.format: _num_pages(spec, share, config, num_seqs, max_model_len) for spec in specs}
     num_exact = pages.get(exact.format, 0)
     pools = {name: SealedPool(spec, pages[name], setup.key_weights, device) for name, spec in setup.specs.items()}
     books = PageBooks(
@@ -67,10 +68,10 @@ def _check(exact: KVSpec, sealed: Sequence[KVSpec]) -> None:
             )
 
 
-def _num_pages(spec: KVSpec, budget: int, config: EngineConfig, max_model_len: int) -> int:
+def _num_pages(spec: KVSpec, budget: int, config: EngineConfig, num_seqs: int, max_model_len: int) -> int:
     """Pages that fit the budget, no more than all sequences at full length could fill; at least one full sequence."""
     one_sequence = spec.pages_for(max_model_len)
-    pages = min(budget // spec.page_bytes, config.max_num_seqs * one_sequence)
+    pages = min(budget // spec.page_bytes, num_seqs * one_sequence)
     if pages < one_sequence and not config.kv_cache_bytes:
         raise AnyBitError(
             f"A context of {max_model_len} tokens needs {one_sequence * spec.page_bytes >> 20} MiB of KV cache in "

@@ -102,12 +102,11 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     loader = RandomLoader(model, bit_widths, config.lm_head_bits, device)
     dtype = torch.bfloat16 if device.type == "cuda" or bit_widths == (UNQUANTIZED,) else torch.float32
     decoder = build_decoder(model, loader, context, dtype, device, is_fast=config.reproducible is False)
-    books, pool = build_cache(
-        replace(config, max_num_seqs=config.max_num_seqs + 1), model, context, device, SealedSetup.unchecked
-    )
+    num_seqs = config.num_seqs(device.type)
+    books, pool = build_cache(replace(config, max_num_seqs=num_seqs + 1), model, context, device, SealedSetup.unchecked)
     core = EngineCore(
         Runner(decoder, pool),
-        Scheduler(books, SchedulerConfig(config.max_num_seqs, config.step_tokens(device.type), None)),
+        Scheduler(books, SchedulerConfig(num_seqs, config.step_tokens(device.type), None)),
         context,
         WeightTraffic(loader.linear_bytes, loader.part_bytes, loader.head_bytes),
     )

@@ -27,7 +27,7 @@ from anybit.kernels.cuda.tuning import FEW_ROWS, Tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.cuda.warpgroup_linear import multiply_batch, multiply_values
 from anybit.kernels.nested import NestedWeight
-from anybit.kernels.widths import TileWidths, WidthSegment
+from anybit.kernels.widths import MIXED_ROWS, TileWidths, WidthSegment
 
 ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
@@ -122,8 +122,12 @@ def multiply_dequantized(x: Tensor, weight: FragmentWeight, bit_width: int, bias
 def multiply_mixed(
     activations: Activations, weight: FragmentWeight, widths: TileWidths, bias: Tensor | None, y: Tensor
 ) -> None:
-    """`multiply` with each row at its own width, bit for bit, while the weight is read once at the widest of them."""
-    multiply_few(activations, weight, max(widths.present), bias, y, widths=widths)
+    """`multiply` with each row at its own width, bit for bit. Few rows read the weight once, at the widest of them."""
+    if activations.tokens <= MIXED_ROWS:
+        multiply_few(activations, weight, max(widths.present), bias, y, widths=widths)
+    else:
+        for width in widths.present:
+            multiply_few(activations, weight, width, bias, y, widths=TileWidths((width,), widths.of_tiles))
 
 
 def multiply_few(
@@ -137,17 +141,21 @@ def multiply_few(
 ) -> None:
     """Of fixed point numbers in passes of one n-tile; with `widths`, each n-tile at its own, `bit_width` the widest.
 
-    `tiling` None takes the best known one.
+    With a single one of `widths`, passes of other widths are left alone. `tiling` None takes the best known one.
     """
-    token_tiles = min(activations.passes, MAX_TOKEN_TILES)
+    token_tiles = min(activations.passes, MAX_TOKEN_TILES if widths is None else MIXED_ROWS // TILE_TOKENS)
     tiling = tiling or choose_tiling(weight.out_features, weight.in_features, bit_width, token_tiles)
     shared_bytes = tiling.shared_bytes(token_tiles)
     constants = product_constants(tiling, bit_width, weight.group_size, weight.part_dtype, y.dtype, token_tiles)
-    if widths is not None:
+    served = describe_weight(weight, bit_width)
+    if widths is not None and len(widths.present) > 1:
+        served = describe_mixed_weight(weight)
         constants["WIDTHS"] = sum(1 << width for width in widths.present)
+    elif widths is not None:
+        constants["OWN_PASSES"] = 1
     kernel = load_kernel("linear_decode", "nested_linear_decode", defined(**constants), shared_bytes)
     arguments: list[Argument] = [
-        describe_weight(weight, bit_width) if widths is None else describe_mixed_weight(weight),
+        served,
         *pointers(None if widths is None else widths.of_tiles),
         *activations.addresses,
         *pointers(bias, y),

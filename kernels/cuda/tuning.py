@@ -13,6 +13,7 @@ from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_ROWS
 FEW_ROWS = 8192
 _SIMILAR = 2.5  # factors of two between shapes, at most
 _SUMS_BYTES = 64 * 4  # of one row tile times one n-tile
+_SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # with other memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ class Tiling:
 @functools.cache
 def choose_tiling(out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling:
     """The best that was measured for this shape or for one like it, else one that keeps all multiprocessors busy."""
-    found = nearest_tuned(torch.cuda.get_device_name(), out_features, in_features, bit_width, token_tiles)
+    device = torch.cuda.get_device_name()
+    found = nearest_tuned(_SAME_CHIP.get(device, device), out_features, in_features, bit_width, token_tiles)
     return found or default_tiling(out_features, in_features, bit_width, token_tiles)
 
 

@@ -51,7 +51,9 @@ def serve(
     ] = None,
     threads: ThreadsOption = 0,
     max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt + answer; 0 means the model's own.")] = 0,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 16,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=0, help="Sequences computed together; 0 means 16, on a GPU 128.")
+    ] = 0,
     kv_cache_mib: Annotated[float, typer.Option(min=0, help="Memory for the KV cache; 0 means up to a quarter.")] = 0,
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep computed prompts for those that begin alike.")

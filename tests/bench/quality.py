@@ -194,7 +194,7 @@ def make_checkpoint(
 
 
 def comparison_of(reader: CheckpointReader, arguments: argparse.Namespace) -> Comparison:
-    return Comparison(reader, CONTEXT, 8, "bf16", resolve_device(arguments.device))
+    return Comparison(reader, CONTEXT, 8, ("bf16",), resolve_device(arguments.device))
 
 
 def score(

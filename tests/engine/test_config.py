@@ -40,7 +40,7 @@ def test_choices_are_those_of_the_lower_floors():
         ({"kv_format": "int4"}, ("KV format", "'int4'")),
         ({"compute_dtype": "float8"}, ("compute dtype", "'float8'")),
         ({"threads": -1}, ("threads is -1", "at least 0")),
-        ({"max_num_seqs": 0}, ("max_num_seqs is 0", "at least 1")),
+        ({"max_num_seqs": -1}, ("max_num_seqs is -1", "at least 0")),
         ({"max_step_tokens": -1}, ("max_step_tokens is -1",)),
         ({"max_model_len": -5}, ("max_model_len is -5",)),
         ({"kv_cache_bytes": -1}, ("kv_cache_bytes is -1",)),

@@ -223,7 +223,7 @@ def test_request_that_cannot_run_ends_with_an_error_event(loop, engine, request_
 
 def test_bad_settings_are_refused_before_anything_starts(tiny_checkpoint):
     with pytest.raises(ConfigError):
-        ProcessEngine(replace(engine_config(tiny_checkpoint), max_num_seqs=0))
+        ProcessEngine(replace(engine_config(tiny_checkpoint), max_num_seqs=-1))
 
 
 def test_engine_that_was_not_started_says_so(loop, tiny_checkpoint):

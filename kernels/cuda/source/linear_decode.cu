@@ -30,7 +30,8 @@ constexpr int kSegmentsOfBlock = SEGMENTS / CLUSTER, kSegmentsOfWarp = kSegments
 static_assert(SEGMENTS % (COLUMN_WARPS * CLUSTER) == 0, "a warp takes whole segments");
 
 // A grid of (blocks of a cluster, passes of TOKEN_TILES n-tiles, groups of rows); the passes over the same rows run side by side
-// and find the weights in the cache. Digits and scales are as digits.cuh says. `tile_widths` is read where WIDTHS is defined.
+// and find the weights in the cache. Digits and scales are as digits.cuh says. `tile_widths` is read where WIDTHS is defined,
+// and where OWN_PASSES is: then passes of other widths are left alone.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
@@ -51,6 +52,12 @@ nested_linear_decode(ServedWeight weight, const long long* tile_widths, const ui
     float* own_sums = row_sums + part * kSegmentsOfWarp * kOfSegment;
 
     launch_dependents();
+#ifdef OWN_PASSES
+    if (tile_widths[blockIdx.y * TOKEN_TILES] != BITS) {
+        wait_for_inputs();  // what follows relies on what came before this kernel as well
+        return;
+    }
+#endif
     float out[ROW_TILES][TOKEN_TILES][2] = {};
     if (row_tile < row_tiles) {
         size_t base[ROW_TILES];

@@ -10,6 +10,7 @@ __device__ constexpr bool present(int width) { return WIDTHS >> width & 1; }
 __device__ constexpr int width_at(int place) { return place < 3 ? 2 + place : 2 * place; }  // 2, 3, 4, 6, 8
 constexpr int kPlaces = 5, kNibble = 2;
 constexpr bool kReadsNibble = present(4) || kHasLow;  // the 4-bit part, as itself or for its scale
+constexpr bool kHasSixOfEight = BITS == 8 && present(6);
 
 using ServedWeight = MixedWeight;
 
@@ -28,36 +29,64 @@ struct Tile {
                     if (at == kNibble ? kReadsNibble : present(width_at(at)))
                         parts[at][group][half] = load(weight.parts[at] + (index * kGroups + group) * kRows + half * 8 + lane / 4);
     }
+};
 
-    // Scale of the high nibble; scale of the low one; zero.
-    __device__ float3 floats(int width, int group, int half) const {
-        float3 result = {};
-        if (kReadsNibble) {
-            const float2 nibble = part_floats(parts[kNibble][group][half]);
-            result = make_float3(nibble.x, 0.f, nibble.y);
-        }
+// Scale of the high nibble; scale of the low one; zero: of a row in one group, at every width that may be there.
+struct Floats {
+    float3 of[kPlaces];
+
+    __device__ Floats(const Tile& tile, int group, int half) {
+        const float2 nibble = kReadsNibble ? part_floats(tile.parts[kNibble][group][half]) : make_float2(0.f, 0.f);
 #pragma unroll
         for (int at = 0; at < kPlaces; ++at) {
-            if (at == kNibble || !present(width_at(at))) continue;
-            const float2 own = part_floats(parts[at][group][half]);
-            if (width != width_at(at)) continue;
-            if (width_at(at) < 4) result.x = own.x;
-            if (width_at(at) > 4) result.y = own.x;
-            result.z = own.y;
+            if (!present(width_at(at))) continue;
+            const float2 own = part_floats(tile.parts[at][group][half]);
+            of[at] = width_at(at) > 4 ? make_float3(nibble.x, own.x, own.y) : make_float3(own.x, 0.f, own.y);
         }
+    }
+    __device__ float3 at(int width) const {
+        float3 result = {};
+#pragma unroll
+        for (int place = 0; place < kPlaces; ++place)
+            if (present(width_at(place)) && width == width_at(place)) result = of[place];
         return result;
     }
 };
 
 struct Widths {
-    int of[TOKEN_TILES];
+    int of[TOKEN_TILES];  // 0: nobody wants this n-tile, whose sums stay 0
 };
+
+// A step's codes as A operands, for every width that may be there.
+struct StepCodes {
+    u32 two[4], three[4], nibble[4], six[4], low[4];
+
+    __device__ StepCodes(const Codes& tile, int step) {
+        constexpr int kHighBits = BITS < 4 ? BITS : 4;
+        high_codes(tile, step, nibble);
+        if (kHasLow) low_codes(tile, step, low);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (present(2)) two[j] = nibble[j] >> (kHighBits - 2) & 0x03030303u;
+            if (present(3)) three[j] = nibble[j] >> (kHighBits > 3 ? kHighBits - 3 : 0) & 0x07070707u;
+            if (kHasSixOfEight) six[j] = low[j] >> 2 & 0x03030303u;
+        }
+    }
+};
+
+// As `multiply` where `condition`, which all lanes share, holds: an instruction that does not run is cheaper than a branch.
+__device__ inline void multiply_if(bool condition, int* sum, const u32* codes, uint2 x) {
+    asm volatile(
+        "{ .reg .pred wanted; setp.ne.u32 wanted, %10, 0;\n"
+        "@wanted mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3}; }"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y), "r"((u32)condition));
+}
 
 // All groups of one tile of columns, added to out.
 __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint2* digits, const float2* scales,
                                 int slots, bool has_token, Widths widths, float (&out)[ROW_TILES][TOKEN_TILES][2]) {
     const int lane = threadIdx.x & 31;
-    constexpr int kHighBits = BITS < 4 ? BITS : 4;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
         int high[ROW_TILES][TOKEN_TILES][4], low[kHasLow ? ROW_TILES : 1][TOKEN_TILES][4];
@@ -73,50 +102,45 @@ __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles
 #pragma unroll
         for (int s = 0; s < kStepsOfGroup; ++s) {
             const int step = group * kStepsOfGroup + s;
+            uint2 x[TOKEN_TILES];
+#pragma unroll
+            for (int q = 0; q < TOKEN_TILES; ++q)
+                x[q] = has_token ? digits[((((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane) * 2 + step % 2]
+                                 : make_uint2(0, 0);
 #pragma unroll
             for (int r = 0; r < ROW_TILES; ++r) {
-                u32 codes[4], residual[4];
-                high_codes(tiles[r].codes, step, codes);
-                if (kHasLow) low_codes(tiles[r].codes, step, residual);
+                const StepCodes codes(tiles[r].codes, step);
 #pragma unroll
                 for (int q = 0; q < TOKEN_TILES; ++q) {
                     const int width = widths.of[q];
-                    const uint2 x = has_token ? digits[((((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane) * 2 + step % 2]
-                                              : make_uint2(0, 0);
-                    u32 own[4];
-                    const int dropped = kHighBits - min(width, kHighBits);
-                    const u32 mask = 0x01010101u * ((1u << min(width, kHighBits)) - 1);
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) own[j] = codes[j] >> dropped & mask;
-                    multiply<false>(high[r][q], own, x);
-                    if (kHasLow && width > 4) {
-                        if (BITS == 8 && present(6) && width == 6) {
-#pragma unroll
-                            for (int j = 0; j < 4; ++j) own[j] = residual[j] >> 2 & 0x03030303u;
-                            multiply<false>(low[r][q], own, x);
-                        } else {
-                            multiply<false>(low[r][q], residual, x);
-                        }
-                    }
+                    if (present(2)) multiply_if(width == 2, high[r][q], codes.two, x[q]);
+                    if (present(3)) multiply_if(width == 3, high[r][q], codes.three, x[q]);
+                    if (kReadsNibble) multiply_if(width >= 4, high[r][q], codes.nibble, x[q]);
+                    if (kHasLow) multiply_if(width == BITS, low[r][q], codes.low, x[q]);
+                    if (kHasSixOfEight) multiply_if(width == 6, low[r][q], codes.six, x[q]);
                 }
             }
         }
+        float2 x_scale[TOKEN_TILES];
 #pragma unroll
-        for (int q = 0; q < TOKEN_TILES; ++q) {
-            const float2 x_scale = scales[(size_t)(k * kGroups + group) * slots + q * kTokens + lane % 4];
-            const int width = widths.of[q];
+        for (int q = 0; q < TOKEN_TILES; ++q)
+            x_scale[q] = scales[(size_t)(k * kGroups + group) * slots + q * kTokens + lane % 4];
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r)
+        for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float3 part = tiles[r].floats(width, group, half);
+            for (int half = 0; half < 2; ++half) {
+                const Floats floats(tiles[r], group, half);
+#pragma unroll
+                for (int q = 0; q < TOKEN_TILES; ++q) {
+                    const int width = widths.of[q];
+                    const float3 part = floats.at(width);
                     float& sum = out[r][q][half];
-                    sum = __fmaf_rn(part.x, joined(high[r][q][2 * half], high[r][q][2 * half + 1]) * x_scale.x, sum);
+                    sum = __fmaf_rn(part.x, joined(high[r][q][2 * half], high[r][q][2 * half + 1]) * x_scale[q].x, sum);
                     if (kHasLow && width > 4)
-                        sum = __fmaf_rn(part.y, joined(low[r][q][2 * half], low[r][q][2 * half + 1]) * x_scale.x, sum);
-                    sum = __fmaf_rn(part.z, x_scale.y, sum);
+                        sum = __fmaf_rn(part.y, joined(low[r][q][2 * half], low[r][q][2 * half + 1]) * x_scale[q].x, sum);
+                    sum = __fmaf_rn(part.z, x_scale[q].y, sum);
                 }
-        }
+            }
     }
 }
 
