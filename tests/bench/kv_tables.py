@@ -1,0 +1,138 @@
+"""Markdown tables of what formats of keys and values cost, from the reports under results/.
+
+python tests/bench/kv_tables.py divergence|errors|published
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {"smollm2": "SmolLM2-135M", "qwen25": "Qwen2.5-0.5B"}
+
+
+def main() -> None:
+    tables = {"divergence": divergence, "errors": errors, "published": published}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=tables)
+    print("\n".join(tables[parser.parse_args().table]()))
+
+
+def divergence() -> Iterator[str]:
+    """KL and top-1 agreement by format and model, from `anybit bench kv` and kv_divergence.py; nearest formats first."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in MODELS:
+        for report in (f"kv_{model}_cpu", f"kv_divergence_{model}_cpu"):
+            for row in read(report)["rows"]:
+                rows.setdefault(row["kv_format"], {}).setdefault(model, row)
+    del rows["bf16"]
+    yield from header(
+        "format",
+        "bits of keys / values",
+        *(f"{name}: {what}" for name in MODELS.values() for what in ("KL", "same token")),
+    )
+    for name, of_model in sorted(rows.items(), key=lambda item: max(row["kl"] for row in item[1].values())):
+        bits = next(iter(of_model.values()))
+        cells = [name, f"{bits['key_bits']:.2f} / {bits['value_bits']:.2f}"]
+        for model in MODELS:
+            found = of_model.get(model)
+            cells += ["–", "–"] if found is None else [f"{found['kl']:.4f}", f"{100 * found['top1_agreement']:.1f} %"]
+        yield line(*cells)
+
+
+def errors() -> Iterator[str]:
+    """Errors of keys, values, logits and attention's output, of kv_formats.py; formats with the least of the last first."""
+    measured = {title: report["formats"] for title, report in reports("kv_formats").items()}
+    yield from header(
+        "format",
+        "bits of keys / values",
+        *(f"{title}: {what}" for title in measured for what in ("keys", "values", "logits", "output")),
+    )
+    first = next(iter(measured.values()))
+    for name in sorted(first, key=lambda name: first[name]["output"]):
+        bits = first[name]
+        yield line(
+            name,
+            f"{bits['key_bits']:.2f} / {bits['value_bits']:.2f}",
+            *(
+                number(report[name][column])
+                for report in measured.values()
+                for column in ("k", "v", "logits", "output")
+            ),
+        )
+
+
+def published() -> Iterator[str]:
+    """QET's share of product quantization's error, and page formats in as many bits, of kv_published_qet.py."""
+    for title, report in reports("kv_published_qet").items():
+        layers = sorted({row["layer"] for row in report["sweep"]})
+        yield f"**{title}**, {report['rows']:,} tokens, mean of layers {' and '.join(map(str, layers))}"
+        yield ""
+        yield from header(
+            "of",
+            "bits",
+            "groups",
+            "product quantization",
+            "QET as published",
+            "share",
+            "uniform",
+            "rotation + Lloyd-Max",
+        )
+        places = dict.fromkeys((row["of"], row["budget"], row["groups"]) for row in report["sweep"])
+        for place in places:
+            same = [row for row in report["sweep"] if (row["of"], row["budget"], row["groups"]) == place]
+            found = {
+                name: mean(row.get(name) for row in same) for name in ("pq", "qet", "uniform", "rotation + Lloyd-Max")
+            }
+            share = None if found["pq"] is None or found["qet"] is None else 100 * found["qet"] / found["pq"]
+            yield line(
+                place[0],
+                f"{place[1]:.2f}",
+                str(place[2]),
+                number(found["pq"]),
+                number(found["qet"]),
+                "–" if share is None else f"{share:.0f} %",
+                number(found["uniform"]),
+                number(found["rotation + Lloyd-Max"]),
+            )
+        yield ""
+
+
+def reports(kind: str) -> dict[str, dict[str, Any]]:
+    """Those that there are, by the model's name."""
+    return {
+        title: read(f"{kind}_{model}_cpu")
+        for model, title in MODELS.items()
+        if (RESULTS / f"{kind}_{model}_cpu.json").is_file()
+    }
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def header(*cells: str) -> Iterator[str]:
+    yield line(*cells)
+    yield line(*("---" for _ in cells))
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:#.2g}".rstrip(".")
+
+
+def mean(values: Iterator[float | None]) -> float | None:
+    """None where one is missing."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if len(known) == len(found) else None
+
+
+if __name__ == "__main__":
+    main()
