@@ -43,15 +43,14 @@ class Tiling:
 @functools.cache
 def choose_tiling(out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling:
     """The best that was measured for this shape or for one like it, else one that keeps all multiprocessors busy."""
-    device = torch.cuda.get_device_name()
-    found = nearest_tuned(_SAME_CHIP.get(device, device), out_features, in_features, bit_width, token_tiles)
+    found = nearest_tuned(torch.cuda.get_device_name(), out_features, in_features, bit_width, token_tiles)
     return found or default_tiling(out_features, in_features, bit_width, token_tiles)
 
 
 def nearest_tuned(device: str, out_features: int, in_features: int, bit_width: int, token_tiles: int) -> Tiling | None:
     """The tiling of the nearest measured shape with the same segments, of a size within a factor; None if there is none."""
     segments, nearest, found = num_segments(out_features, in_features), _SIMILAR, None
-    for key, fields in all_tuned().get(device, {}).items():
+    for key, fields in all_tuned().get(_SAME_CHIP.get(device, device), {}).items():
         shape, width, tiles = key.split("/")
         rows, columns = map(int, shape.split("x"))
         if (int(width), int(tiles)) != (bit_width, token_tiles) or num_segments(rows, columns) != segments:

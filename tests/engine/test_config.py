@@ -23,6 +23,13 @@ def config(tiny_checkpoint):
     return EngineConfig(str(tiny_checkpoint), "tiny", device="cpu", threads=1, max_num_seqs=2)
 
 
+def test_a_gpu_serves_more_sequences_and_longer_steps_unless_told():
+    config = EngineConfig("", "tiny")
+    assert (config.num_seqs("cpu"), config.num_seqs("cuda")) == (16, 128)
+    assert (config.step_tokens("cpu"), config.step_tokens("cuda")) == (256, 2048)
+    assert replace(config, max_num_seqs=3).num_seqs("cuda") == 3
+
+
 def test_choices_are_those_of_the_lower_floors():
     """config.py loads no torch, so it repeats them."""
     assert config_module.BIT_WIDTHS == layout.BIT_WIDTHS

@@ -35,6 +35,11 @@ def test_any_shape_has_one(out_features, in_features, bit_width):
         assert_launchable(default_tiling(out_features, in_features, bit_width, token_tiles), in_features, token_tiles)
 
 
+def test_chips_with_other_memory_take_what_was_tuned():
+    shape = (28672, 4096, 4, 1)
+    assert nearest_tuned("NVIDIA H200", *shape) == nearest_tuned("NVIDIA H100 80GB HBM3", *shape) is not None
+
+
 @pytest.mark.parametrize("device", all_tuned())
 def test_tuned_ones_keep_the_order_of_sums(device):
     for key, fields in all_tuned()[device].items():

@@ -212,24 +212,24 @@ static void attend_sealed(const SealedPage& page, const SealedScratch& scratch, 
     read_mean(pages.key_code, page.keys, dim, scratch.mean);
     read_levels(pages.key_code, page.keys, true, dim, scratch);
     const uint8_t* exact = read_exactly(page.first_keys, exact_tokens * dim, scratch.exact);
-    for (int64_t token = first; token < last; ++token) {
-        const Seen seen = seen_by(token);
-        if (seen.begin >= seen.end) continue;
-        const QueryHeads own = queries_of(token);
-        const SealedQueries queries{own, page, scratch, (token - first) * heads};
+    const auto for_all = [&](const auto& visit) {
+        for (int64_t token = first; token < last; ++token) {
+            const Seen seen = seen_by(token);
+            if (seen.begin >= seen.end) continue;
+            const QueryHeads own = queries_of(token);
+            visit(SealedQueries{own, page, scratch, (token - first) * heads}, seen);
+        }
+    };
+    for_all([&](const SealedQueries& queries, const Seen& seen) {
         int64_t head = 0;
         queries.template score_all<kLevelQueries>(head, heads, seen);
         for (head = 0; exact_tokens > 0 && head < heads; ++head) queries.score_exactly(head, exact, seen);
         queries.weigh_all(heads, seen);
-    }
+    });
     read_levels(pages.value_code, page.values, false, dim, scratch);
     exact = read_exactly(page.first_values, exact_tokens * dim, scratch.exact);
-    for (int64_t token = first; token < last; ++token) {
-        const Seen seen = seen_by(token);
-        if (seen.begin >= seen.end) continue;
-        const QueryHeads own = queries_of(token);
-        const SealedQueries queries{own, page, scratch, (token - first) * heads};
+    for_all([&](const SealedQueries& queries, const Seen& seen) {
         int64_t head = 0;
         queries.template add_all<kLevelQueries>(head, heads, seen, exact);
-    }
+    });
 }

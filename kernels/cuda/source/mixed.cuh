@@ -74,7 +74,7 @@ struct StepCodes {
     }
 };
 
-// As `multiply` where `condition`, which all lanes share, holds: an instruction that does not run is cheaper than a branch.
+// As `multiply<false>` where `condition`, which all lanes share, holds.
 __device__ inline void multiply_if(bool condition, int* sum, const u32* codes, uint2 x) {
     asm volatile(
         "{ .reg .pred wanted; setp.ne.u32 wanted, %10, 0;\n"
