@@ -10,7 +10,8 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.decode_graphs import DecodeGraphs
-from anybit.engine.kv_cache import build_cache
+from anybit.engine.kv.cache import build_cache
+from anybit.engine.kv.sealed_setup import set_up_sealed
 from anybit.engine.machine import (
     describe_device,
     keep_freed_memory,
@@ -22,7 +23,6 @@ from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import read_config
 from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
-from anybit.engine.sealed_setup import set_up_sealed
 from anybit.engine.types import KVFormatInfo, ModelInfo
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.engine.weights.accounting import (

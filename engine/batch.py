@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.chunk import Chunk, PlacedChunk, attended_together, by_width
-from anybit.engine.sealed_batch import SealedRows, sealed_rows
+from anybit.engine.kv.sealed_batch import SealedRows, sealed_rows
 from anybit.engine.sequence import Sequence
 from anybit.kernels.widths import TileWidths, WidthSegment
 from anybit.kvcache.formats import EXACT_FORMATS, is_exact

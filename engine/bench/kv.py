@@ -13,7 +13,7 @@ from anybit.engine.evaluate.comparison import Comparison
 from anybit.engine.evaluate.perplexity import score_windows
 from anybit.engine.evaluate.text import BUILTIN_TEXT, builtin_text, read_text, windows
 from anybit.engine.evaluate.variant import Variant
-from anybit.engine.kv_cache import OWN_FORMAT
+from anybit.engine.kv.cache import OWN_FORMAT
 from anybit.engine.machine import describe_device, physical_cores, resolve_device, use_threads
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.kvcache.formats import parse_format

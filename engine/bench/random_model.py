@@ -13,7 +13,8 @@ from anybit.engine.bench.shapes import Shape
 from anybit.engine.bench.subject import DecodeSubject
 from anybit.engine.config import EngineConfig
 from anybit.engine.core import EngineCore
-from anybit.engine.kv_cache import build_cache
+from anybit.engine.kv.cache import build_cache
+from anybit.engine.kv.sealed_setup import SealedSetup
 from anybit.engine.layers.embedding import DenseVocabulary, NestedVocabulary, VocabularyTable
 from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
 from anybit.engine.machine import describe_device, keep_freed_memory, physical_cores, resolve_device, use_threads
@@ -21,7 +22,6 @@ from anybit.engine.models.config import DecoderConfig
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.runner import Runner
 from anybit.engine.scheduler import Scheduler, SchedulerConfig
-from anybit.engine.sealed_setup import SealedSetup
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.kernels import dispatch, layout
 

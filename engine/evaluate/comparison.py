@@ -9,10 +9,10 @@ from anybit.engine.config import ConfigError
 from anybit.engine.evaluate.matquant_slice import MatQuantSliceLoader
 from anybit.engine.evaluate.options import BASELINES, MATQUANT_SLICE
 from anybit.engine.evaluate.variant import Variant
-from anybit.engine.kv_cache import OWN_FORMAT
+from anybit.engine.kv.cache import OWN_FORMAT
+from anybit.engine.kv.sealed_setup import set_up_sealed
 from anybit.engine.models.decoder import WeightLoader, build_decoder
 from anybit.engine.models.registry import parse_config, read_config
-from anybit.engine.sealed_setup import set_up_sealed
 from anybit.engine.weights.accounting import effective_bits, linear_entries
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import DenseLoader, NestedLoader

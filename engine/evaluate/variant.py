@@ -11,10 +11,10 @@ from torch import Tensor
 
 from anybit.engine.batch import plan_batch
 from anybit.engine.chunk import Chunk
-from anybit.engine.kv_cache import OWN_FORMAT
+from anybit.engine.kv.cache import OWN_FORMAT
+from anybit.engine.kv.sealed_setup import SealedSetup
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.precision import Precision
-from anybit.engine.sealed_setup import SealedSetup
 from anybit.engine.sequence import Sequence as TokenSequence
 from anybit.engine.types import GenerationRequest, SamplingParams
 from anybit.kvcache.pool import KVPool

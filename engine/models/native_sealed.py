@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.batch import BatchPlan
-from anybit.engine.sealed_batch import SealedGroup, SealedRows
+from anybit.engine.kv.sealed_batch import SealedGroup, SealedRows
 from anybit.kernels.cpu.sealed_pages import PairRecords, StackSealedPages
 from anybit.kernels.cpu.stack import StackGroup
 from anybit.kernels.widths import WidthSegment

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from anybit.engine.key_balance import KeyBalance, save_key_balance
+from anybit.engine.kv.key_balance import KeyBalance, save_key_balance
+from anybit.engine.kv.prompt_heads import read_heads
 from anybit.engine.models.decoder import build_decoder
 from anybit.engine.models.registry import read_config
-from anybit.engine.prompt_heads import read_heads
 from anybit.engine.quantize.calibrate.tokens import read_calibration, sample_texts
 from anybit.engine.text_prefix import first_tokens
 from anybit.engine.weights.checkpoint import CheckpointReader

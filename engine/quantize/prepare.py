@@ -7,7 +7,7 @@ import msgspec
 
 from anybit.engine.errors import SourceError
 from anybit.engine.evaluate.report import quick_perplexity
-from anybit.engine.key_balance import FILE_NAME
+from anybit.engine.kv.key_balance import FILE_NAME
 from anybit.engine.machine import resolve_device
 from anybit.engine.quantize.kv_calibration import calibrate_keys
 from anybit.engine.quantize.options import QuantizeOptions

@@ -35,7 +35,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     `tensors` names the nested weights; what else the shards hold (norms, biases) is float. `perplexity` maps a
     bit-width or "float" to what was measured on `perplexity_text` when the checkpoint was made. `files` maps every
-    other file of the directory to its SHA-256. With `key_balance` there is a file of balance weights (`engine.key_balance`).
+    other file of the directory to its SHA-256. With `key_balance` there is a file of balance weights
+    (`engine.kv.key_balance`).
     """
 
     format_version: int = FORMAT_VERSION

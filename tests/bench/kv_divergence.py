@@ -22,7 +22,7 @@ from anybit.engine.evaluate.comparison import Comparison
 from anybit.engine.evaluate.perplexity import score_windows
 from anybit.engine.evaluate.text import read_text, windows
 from anybit.engine.evaluate.variant import Variant
-from anybit.engine.kv_cache import OWN_FORMAT
+from anybit.engine.kv.cache import OWN_FORMAT
 from anybit.engine.machine import keep_freed_memory, physical_cores, resolve_device, use_threads
 from anybit.engine.models.config import DecoderConfig
 from anybit.engine.weights.checkpoint import CheckpointReader

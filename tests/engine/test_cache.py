@@ -12,7 +12,7 @@ import torch
 from anybit.engine.assemble import assemble
 from anybit.engine.config import EngineConfig
 from anybit.engine.errors import CheckpointError, SourceError, StorageError
-from anybit.engine.key_balance import FILE_NAME, load_key_balance, save_key_balance
+from anybit.engine.kv.key_balance import FILE_NAME, load_key_balance, save_key_balance
 from anybit.engine.models.registry import read_config
 from anybit.engine.quantize import prepare, run
 from anybit.engine.quantize.run import QuantizeOptions

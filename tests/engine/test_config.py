@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from anybit.engine import config as config_module
-from anybit.engine import kv_cache as kv_cache_module
 from anybit.engine.assemble import assemble
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.errors import AnyBitError
+from anybit.engine.kv import cache as kv_cache_module
 from anybit.engine.machine import physical_cores, resolve_device
 from anybit.engine.types import KVFormatInfo
 from anybit.kernels import layout

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from anybit.engine import sealed_setup
 from anybit.engine.assemble import assemble
 from anybit.engine.config import EngineConfig
-from anybit.engine.kv_selfcheck import RAISED_FORMAT, check_format
-from anybit.engine.prompt_heads import LayerHeads
+from anybit.engine.kv import sealed_setup
+from anybit.engine.kv.prompt_heads import LayerHeads
+from anybit.engine.kv.selfcheck import RAISED_FORMAT, check_format
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.kernels import fallbacks

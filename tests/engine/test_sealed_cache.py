@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from anybit.engine.errors import CapacityError
-from anybit.engine.key_balance import KeyBalance
+from anybit.engine.kv.key_balance import KeyBalance
+from anybit.engine.kv.prompt_heads import read_heads
 from anybit.engine.models.native import NativeLayers
-from anybit.engine.prompt_heads import read_heads
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.types import FinishReason
 from anybit.engine.weights.checkpoint import CheckpointReader

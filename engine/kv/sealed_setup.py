@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anybit.engine.key_balance import KeyBalance, load_key_balance
-from anybit.engine.kv_selfcheck import LEAST_TOKENS, MOST_TOKENS, check_format
+from anybit.engine.kv.key_balance import KeyBalance, load_key_balance
+from anybit.engine.kv.prompt_heads import LayerHeads, prompt_tokens, read_heads
+from anybit.engine.kv.selfcheck import LEAST_TOKENS, MOST_TOKENS, check_format
 from anybit.engine.models.decoder import Decoder
-from anybit.engine.prompt_heads import LayerHeads, prompt_tokens, read_heads
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.kvcache.formats import is_rotated, parse_format
 from anybit.kvcache.spec import KVSpec
@@ -34,7 +34,7 @@ def set_up_sealed(
     reader: CheckpointReader, decoder: Decoder, bit_width: int, max_positions: int, specs: Sequence[KVSpec]
 ) -> SealedSetup:
     """Balance weights for the formats that rotate keys, the checkpoint's or from a page of text, and the check of all
-    formats with that text (`kv_selfcheck`).
+    formats with that text (`selfcheck`).
 
     Reads the weights at `bit_width`. A context of too few tokens leaves formats unchecked. CheckpointError if the
     checkpoint's balance weights cannot be read.

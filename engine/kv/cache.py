@@ -6,9 +6,9 @@ import torch
 
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.errors import AnyBitError
+from anybit.engine.kv.sealed_setup import SealedSetup
 from anybit.engine.machine import free_bytes
 from anybit.engine.models.config import DecoderConfig
-from anybit.engine.sealed_setup import SealedSetup
 from anybit.kvcache.allocator import PageAllocator
 from anybit.kvcache.books import FormatPages, PageBooks
 from anybit.kvcache.formats import is_rotated, parse_format

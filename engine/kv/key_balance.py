@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anybit.engine.errors import CheckpointError
+from anybit.engine.kv.prompt_heads import LayerHeads
 from anybit.engine.models.config import DecoderConfig
-from anybit.engine.prompt_heads import LayerHeads
 from anybit.kvcache.codec.balance import BalanceMoments
 
 FILE_NAME = "key_balance.safetensors"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anybit.engine.prompt_heads import LayerHeads
+from anybit.engine.kv.prompt_heads import LayerHeads
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.portable.attention import paged_attention
 from anybit.kvcache.attention import PageTables

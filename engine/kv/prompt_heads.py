@@ -38,7 +38,7 @@ class LayerHeads:
 def prompt_tokens(directory: Path, max_positions: int) -> list[int]:
     """The first tokens, up to MOST_TOKENS, of a page of Lewis Carroll's Alice's Adventures in Wonderland (1865, in the
     public domain), by the checkpoint's tokenizer."""
-    text = (importlib.resources.files("anybit.engine") / "prompt.txt").read_text(encoding="utf-8")
+    text = (importlib.resources.files("anybit.engine.kv") / "prompt.txt").read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return token_ids[: min(MOST_TOKENS, max_positions)]
