@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from anybit.engine.bench.model_shapes import MODELS
 from anybit.engine.config import DEFAULT_METHOD
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
@@ -39,11 +40,18 @@ def kv(
     method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
     source: SourceOption = "wheel",
+    shape: Annotated[
+        str | None,
+        typer.Option(help=f"Instead of a model, bits and capacity of one of this shape: {', '.join(MODELS)}."),
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """KV formats: bits, capacity, and how far answers move from those with bf16 keys and values."""
     formats = parse_kv_formats(kv_format)
     (width,) = parse_bit_widths(str(bit_width))
+    if shape is not None:
+        _show(_capacity(shape, formats, model), json_path)
+        return
     resolved = resolve_model(model, method, parse_group_size(group_size), parse_bit_widths("all"), source)
     ensure_prepared(resolved, method, group_size, parse_bit_widths("all"))
 
@@ -52,7 +60,22 @@ def kv(
     options = KVBenchOptions(formats, text, context, max_tokens, width, device, threads)
     with stage_progress() as progress:
         report = bench_kv(resolved.checkpoint, options, lambda done, total: progress.update("bench", done, total))
-    Console().print(_table(report))
+    _show(report, json_path)
+
+
+def _capacity(shape: str, formats: tuple[str, ...], model: str | None) -> dict[str, Any]:
+    if model is not None:
+        raise typer.BadParameter("Name a model or a --shape, not both.")
+    if shape not in MODELS:
+        raise typer.BadParameter(f"{shape!r} is not one of {', '.join(MODELS)}.")
+
+    from anybit.engine.bench.kv import capacity_of_shape  # noqa: PLC0415 - loads torch
+
+    return capacity_of_shape(shape, formats)
+
+
+def _show(report: dict[str, Any], json_path: Path | None) -> None:
+    Console().print(_capacity_table(report) if "shape" in report else _table(report))
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1))
 
@@ -67,9 +90,7 @@ def _table(report: dict[str, Any]) -> Table:
     )
     for row in report["rows"]:
         table.add_row(
-            row["kv_format"],
-            f"{row['key_bits']:.2f}",
-            f"{row['value_bits']:.2f}",
+            *_bits(row),
             *(f"{row['capacity'][length]:.2f} x" for length in lengths),
             f"{row['kl']:.4f}",
             f"{row['top1_agreement']:.3f}",
@@ -77,3 +98,21 @@ def _table(report: dict[str, Any]) -> Table:
             f"{row['tokens_per_second']:.0f}",
         )
     return table
+
+
+def _capacity_table(report: dict[str, Any]) -> Table:
+    lengths = list(report["rows"][0]["capacity"])
+    table = Table(
+        *("KV", "bits of keys", "of values", *(f"tokens a GiB, {length}" for length in lengths)),
+        title=f"Keys and values at the shape of {report['shape']}",
+    )
+    for row in report["rows"]:
+        table.add_row(
+            *_bits(row),
+            *(f"{row['tokens_per_gib'][length]:,} ({row['capacity'][length]:.2f} x)" for length in lengths),
+        )
+    return table
+
+
+def _bits(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["kv_format"], f"{row['key_bits']:.2f}", f"{row['value_bits']:.2f}"
