@@ -44,6 +44,37 @@ class ReadBack:
     value_bits: float
 
 
+class ExactAttention:
+    """The queries of a layer's second half and what they find in exact keys and values: the same beside every format."""
+
+    def __init__(self, layer: AttentionInputs) -> None:
+        self._layer = layer
+        kv_heads, tokens = layer.keys.shape[1:3]
+        queries = layer.queries[:, :, tokens // 2 :] * layer.scale
+        self._queries = queries.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # those of a KV head after each other
+        positions = torch.arange(tokens, device=queries.device)
+        later = positions[tokens // 2 :, None].repeat(layer.queries.shape[1] // kv_heads, 1)
+        self._hidden = positions > later
+        self._is_exact = (positions < EXACT_TOKENS) | (positions // PAGE_TOKENS == later // PAGE_TOKENS)
+        self._scores = self._queries @ layer.keys.transpose(-1, -2)
+        self._output = self._attend(self._scores, layer.values)
+
+    def logit_noise(self, keys: Tensor) -> float:
+        """Over keys that all of the queries read from codes but the first page's."""
+        old = slice(PAGE_TOKENS, keys.shape[2] // 2)
+        noise = self._queries @ (keys[:, :, old] - self._layer.keys[:, :, old]).transpose(-1, -2)
+        return float(noise.var(-1).mean())
+
+    def output_error(self, keys: Tensor, values: Tensor) -> float:
+        scores = torch.where(self._is_exact, self._scores, self._queries @ keys.transpose(-1, -2))
+        error = self._attend(scores, values) - self._output
+        return float(error.square().sum() / self._output.square().sum())
+
+    def _attend(self, scores: Tensor, values: Tensor) -> Tensor:
+        weights = torch.softmax(scores.masked_fill(self._hidden, -torch.inf), -1)
+        return weights @ values + (weights * self._is_exact) @ (self._layer.values - values)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,8 +89,9 @@ def main() -> None:
     compared = page_formats()
     measured: dict[str, list[dict[str, float]]] = {}
     for index, layer in enumerate(attention_inputs(source, windows)):
+        exact = ExactAttention(layer)
         for name, found in read_back(layer, compared, weights[index]):
-            measured.setdefault(name, []).append(errors(layer, found))
+            measured.setdefault(name, []).append(errors(layer, exact, found))
         print(f"layer {index}", flush=True)
     report = {
         **describe_run(source, windows, arguments),
@@ -106,17 +138,14 @@ def through_matrix(layer: AttentionInputs, key_bits: float, value_bits: float, g
     return ReadBack(parts[0], parts[1], key_bits, value_bits)
 
 
-def errors(layer: AttentionInputs, found: ReadBack) -> dict[str, float]:
-    sequences, kv_heads, tokens, head_dim = found.keys.shape
-    queries = layer.queries[:, :, tokens // 2 :].reshape(sequences, kv_heads, -1, head_dim)
-    noise = queries @ (found.keys - layer.keys).transpose(-1, -2) * layer.scale
+def errors(layer: AttentionInputs, exact: ExactAttention, found: ReadBack) -> dict[str, float]:
     return {
         "key_bits": found.key_bits,
         "value_bits": found.value_bits,
         "k": relative_error(found.keys, layer.keys),
         "v": relative_error(found.values, layer.values),
-        "logits": float(noise[..., PAGE_TOKENS : tokens // 2].var(-1).mean()),
-        "output": output_error(layer, found.keys, found.values),
+        "logits": exact.logit_noise(found.keys),
+        "output": exact.output_error(found.keys, found.values),
     }
 
 
@@ -124,30 +153,6 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Without the first page, whose few huge elements would decide."""
     found, wanted = found[:, :, PAGE_TOKENS:], wanted[:, :, PAGE_TOKENS:]
     return float((found - wanted).square().mean() / wanted.var(2).mean())
-
-
-def output_error(layer: AttentionInputs, keys: Tensor, values: Tensor) -> float:
-    tokens = keys.shape[2]
-    positions = torch.arange(tokens, device=keys.device)
-    is_exact = positions < EXACT_TOKENS
-    queries = positions[tokens // 2 :]
-    own_page = positions[None] // PAGE_TOKENS == queries[:, None] // PAGE_TOKENS
-    hidden = positions[None] > queries[:, None]
-    repeat = layer.queries.shape[1] // keys.shape[1]
-    q = layer.queries[:, :, tokens // 2 :]
-
-    def attend(old_keys: Tensor, old_values: Tensor) -> Tensor:
-        old_keys, old_values = (
-            torch.where(is_exact[:, None], exact, old).repeat_interleave(repeat, 1)
-            for exact, old in ((layer.keys, old_keys), (layer.values, old_values))
-        )
-        new_keys, new_values = (rows.repeat_interleave(repeat, 1) for rows in (layer.keys, layer.values))
-        scores = torch.where(own_page, q @ new_keys.transpose(-1, -2), q @ old_keys.transpose(-1, -2)) * layer.scale
-        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
-        return (weights * own_page) @ new_values + (weights * ~own_page) @ old_values
-
-    wanted = attend(layer.keys, layer.values)
-    return float((attend(keys, values) - wanted).square().sum() / wanted.square().sum())
 
 
 def over_layers(rows: list[dict[str, float]]) -> dict[str, float]:
