@@ -1,15 +1,18 @@
 """Pages of one sealed format over all layers."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
+from anybit.kernels.cuda.seal import PageSeals, can_seal, seal_pages
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.balance import PageBasis
 from anybit.kvcache.formats import is_rotated
+from anybit.kvcache.gpu_seal import gpu_records
 from anybit.kvcache.seal_clock import SealClock
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.spec import KVSpec
@@ -53,9 +56,11 @@ class SealedLayer:
 
     def seal(self, own: ExactPages, seals: Seals) -> None:
         """Encode pages that are full now, and keep the first tokens of those that are a sequence's first."""
-        self.pages.seal(seals.page_ids, own.keys[seals.slots], own.values[seals.slots])
-        if len(seals.first_slots):
-            self.pages.keep_exactly(seals.first_page_ids, own.keys[seals.first_slots], own.values[seals.first_slots])
+        self._alike.seal(own.keys[None], own.values[None], seals)
+
+    @functools.cached_property
+    def _alike(self) -> "_AlikeLayers":
+        return _AlikeLayers({0: self.pages})
 
     def attend(
         self, q: Tensor, own: ExactPages, tables: PageTables, positions: Tensor, settings: AttentionSettings
@@ -101,27 +106,48 @@ class SealedPool:
         self.num_pages = num_pages
         self.clock = SealClock(device)
         self.layers = tuple(sealed_layer(spec, layer, num_pages, weights, device) for layer in range(spec.num_layers))
-        self._alike: dict[str, list[int]] = {}
-        for layer in range(spec.num_layers):
-            self._alike.setdefault(spec.kv_format(layer).name, []).append(layer)
+        by_format: dict[str, dict[int, SealedPages]] = {}
+        for number, layer in enumerate(self.layers):
+            by_format.setdefault(spec.kv_format(number).name, {})[number] = layer.pages
+        self._alike = [_AlikeLayers(pages) for pages in by_format.values()]
 
     def seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
         """`seal_layer` of all layers at once: own pages are [layers, pages, kv_heads, 64, head_dim]."""
         with self.clock.running():
-            self._seal(own_keys, own_values, seals)
+            for layers in self._alike:
+                layers.seal(own_keys, own_values, seals)
 
     def seal_layer(self, layer: int, own: ExactPages, seals: Seals) -> None:
         """`SealedLayer.seal`, timed."""
         with self.clock.running():
             self.layers[layer].seal(own, seals)
 
+
+class _AlikeLayers:
+    """Sealed pages of layers that have one format, by number: sealed together, on a GPU by one kernel if they are pairs."""
+
+    def __init__(self, pages: Mapping[int, SealedPages]) -> None:
+        self._pages = pages
+        self._first, *_ = pages.values()
+        self._gpu_records = gpu_records(pages)
+
+    def seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
+        """Own pages are [layers, pages, kv_heads, 64, head_dim]; numbers count the first dimension."""
+        if self._gpu_records is not None and can_seal(own_keys.dtype, own_keys.shape[-1], own_keys.device):
+            places = (seals.slots, seals.page_ids, seals.first_slots, seals.first_page_ids)
+            own = ExactPages(own_keys, own_values)
+            seal_pages(own, self._gpu_records, PageSeals(*places, self._first.exact_tokens))
+        else:
+            self._seal(own_keys, own_values, seals)
+
     def _seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
-        for layers in self._alike.values():
-            keys, values = (own[layers][:, seals.slots] for own in (own_keys, own_values))
-            encoded = self.layers[layers[0]].pages.encode(keys, values)
-            for index, key_records, value_records in zip(layers, *encoded, strict=True):
-                self.layers[index].pages.store(seals.page_ids, key_records, value_records)
+        keys, values = (
+            torch.stack([own[layer][seals.slots] for layer in self._pages]) for own in (own_keys, own_values)
+        )
+        records = self._first.encode(keys, values)
+        for pages, key_records, value_records in zip(self._pages.values(), *records, strict=True):
+            pages.store(seals.page_ids, key_records, value_records)
         if len(seals.first_slots):
-            for layer, layer_keys, layer_values in zip(self.layers, own_keys, own_values, strict=True):
-                firsts = seals.first_slots
-                layer.pages.keep_exactly(seals.first_page_ids, layer_keys[firsts], layer_values[firsts])
+            for layer, pages in self._pages.items():
+                firsts = (own[layer][seals.first_slots] for own in (own_keys, own_values))
+                pages.keep_exactly(seals.first_page_ids, *firsts)

@@ -7,6 +7,7 @@ from anybit.kernels import fallbacks
 from anybit.kernels.cuda import compiler
 from anybit.kernels.cuda.compiler import CompileError, cached_cubin, can_compile, compile_source
 from anybit.kernels.cuda.linear import product_constants
+from anybit.kernels.cuda.seal import PairEntries, seal_constants
 from anybit.kernels.cuda.tuning import default_tiling
 from anybit.kernels.cuda.warpgroup_linear import batch_constants, values_constants
 from anybit.kernels.cuda.warpgroup_tuning import BatchTiling, RingOperands, ValuesTiling
@@ -98,6 +99,16 @@ def test_the_rest_compiles(architecture):
 def test_attention_compiles(architecture, head_dim, value, flag):
     defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag, "STAGED": 1 - flag}
     assert compile_source("attention", architecture, defines).startswith(ELF)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("key_bits", "value_bits", "clusters"), [(8, 6, 1), (6, 4, 1), (4, 8, 1), (8, 8, 8)])
+def test_sealing_compiles(architecture, head_dim, key_bits, value_bits, clusters):
+    keys, values = (
+        PairEntries(torch.empty(1 << (bits - 1), 2), torch.empty(clusters, 2)) for bits in (key_bits, value_bits)
+    )
+    assert compile_source("seal", architecture, dict(seal_constants(head_dim, keys, values))).startswith(ELF)
 
 
 def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):
