@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence over sealed pages on an NVIDIA GPU, without decoding them."""
+"""Attention of new tokens over sealed pages on an NVIDIA GPU, without decoding them."""
 
 import ctypes
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
-from anybit.kernels.cuda.driver import can_launch, defined, integers, load_kernel, max_shared_bytes, pointers
+from anybit.kernels.cuda.driver import can_launch, defined, integers, load_kernel, max_shared_bytes
 from anybit.kernels.cuda.values import VALUES
-from anybit.kernels.page_layout import pair_layout
+from anybit.kernels.page_layout import PAGE_TOKENS, pair_layout
 
-_WARPS = 8  # of a block, as in source/sealed_attention.cu, like the numbers below
-_WARP_PAGES = 2
-_HEADS = 8  # of a tile
 _HEAD_DIMS = (64, 128, 256)
-_COPIES = 32  # of a table, one for each lane; entries of 8 bytes, for half of them
+_COLUMNS = 8  # of a tile; as in source/sealed_attention.cu, like the numbers below
+_SPLIT_PAGES = 8
+_ROW_WARPS = (16, 8, 4, 2)  # the most that a block has room for
+_MANY_SPLITS = 1024  # that keep a GPU busy with a warp each
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,24 @@ class PairRecords:
     def code_bits(self) -> int:
         return (len(self.levels) - 1).bit_length()
 
-    @property
-    def table_bytes(self) -> int:
-        """Of the copies in shared memory; two codes of 4 bits are looked up at once."""
-        return 256 * 8 * _COPIES // 2 if self.code_bits == 4 else len(self.levels) * 4 * _COPIES
+
+@dataclass(frozen=True, slots=True)
+class SealedRecords:
+    """One layer's sealed pages. The first `exact_tokens` tokens of a sequence are kept as they are.
+
+    `signs` float32 [head_dim] are those of the values' rotation, None where they are not rotated.
+    """
+
+    keys: PairRecords
+    values: PairRecords
+    exact_tokens: int
+    signs: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class SealedTables:
-    """int64: pages before each sequence's own [seqs, pages], its page of first tokens [seqs], its own page [seqs]."""
+    """int64: pages before each sequence's own [seqs, pages], its page of first tokens [seqs], and the slots of the pages
+    that its new tokens lie in [seqs, own pages]; the rows of the first and the last contiguous."""
 
     sealed: Tensor
     first: Tensor
@@ -50,91 +59,157 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "own_keys", "own_values")),
         *((name, ctypes.c_void_p) for name in ("key_table", "value_table", "sealed", "first", "own", "positions")),
-        *((name, ctypes.c_void_p) for name in ("partial", "partial_norm")),
-        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "table_pages", "window")),
+        *((name, ctypes.c_void_p) for name in ("signs", "out", "partial", "partial_norm")),
+        *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "window")),
+        *((name, ctypes.c_int) for name in ("sealed_stride", "first_stride", "own_stride")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
 
 
 def can_attend_sealed(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    return dtype in VALUES and head_dim in _HEAD_DIMS and device.type == "cuda" and can_launch(device)
+    return (
+        dtype in VALUES
+        and head_dim in _HEAD_DIMS
+        and can_launch(device)
+        and _rows_shared_bytes(head_dim, _ROW_WARPS[-1], 256) <= max_shared_bytes(device)
+    )
 
 
 def attend_sealed(
     q: Tensor,
-    keys: PairRecords,
-    values: PairRecords,
+    pages: SealedRecords,
     own: ExactPages,
     tables: SealedTables,
     positions: Tensor,
-    exact_tokens: int,
     settings: AttentionSettings,
-) -> Tensor:
-    """q [seqs, heads, head_dim] in the basis of the pages -> float32 of the same shape, in that basis.
+    out: Tensor,
+) -> None:
+    """Attend from new tokens whose keys and values are in their own pages already, and from full pages sealed before.
 
-    `own` are pages in bfloat16; positions int64 [seqs], whose keys are in the own pages;
-    the first `exact_tokens` tokens of a sequence are kept as they are. All tensors contiguous. Waits for nothing and
-    allocates by the width of the tables alone.
+    q [seqs, tokens, heads, head_dim] in the basis of the pages; `own` are pages in bfloat16; positions int64 [seqs, tokens],
+    in order. Of a sequence with one token at a negative position, the row of `out`, which is like q but in the model's
+    basis, is left as it is. All but tables contiguous. Waits for nothing and allocates by shapes alone.
     """
-    sequences, heads, head_dim = q.shape
-    kv_heads = own.keys.shape[1]
-    _check_records(keys, values, head_dim)
-    split_pages = _WARPS * _WARP_PAGES
-    splits = -(-tables.sealed.shape[1] // split_pages) + 1
+    problem = _problem(q, pages, own, tables, positions, settings, out)
+    if q.shape[1] == 1:
+        _attend_token(q, pages, problem, settings, tables.sealed.shape[1])
+    else:
+        _attend_tokens(q, pages, problem, settings, tables.own.shape[1])
+
+
+def _attend_token(
+    q: Tensor, pages: SealedRecords, problem: _Problem, settings: AttentionSettings, table_pages: int
+) -> None:
+    sequences, _, heads, head_dim = q.shape
+    splits = -(-table_pages // _SPLIT_PAGES) + 1
     partial = torch.empty(sequences, heads, splits, head_dim, device=q.device)
     norms = torch.empty(sequences, heads, splits, 2, device=q.device)
-    out = torch.empty(sequences, heads, head_dim, device=q.device)
-    constants = defined(
-        HEAD_DIM=head_dim,
-        VALUE=VALUES[q.dtype],
-        KEY_BITS=keys.code_bits,
-        VALUE_BITS=values.code_bits,
-        SAME_TABLE=int(keys.levels is values.levels),
-        FIRST_EXACT=exact_tokens,
-        WARP_PAGES=_WARP_PAGES,
-        HAS_WINDOW=int(settings.window is not None),
-        HAS_SOFTCAP=int(settings.softcap is not None),
-    )
-    problem = _Problem(
+    problem.partial, problem.partial_norm = partial.data_ptr(), norms.data_ptr()
+    constants = defined(**_constants(q, pages, settings))
+    tiles = problem.kv_heads * -(-(heads // problem.kv_heads) // _COLUMNS)
+    sums_bytes = _SPLIT_PAGES * _COLUMNS * head_dim * 4
+    threads = 32 * _SPLIT_PAGES
+    if sequences * tiles * (splits - 1) < _MANY_SPLITS:
+        shared_bytes = max(_table_bytes(pages), sums_bytes)
+        kernel = load_kernel("sealed_attention", "attend_sealed_pages", constants, shared_bytes)
+        kernel.launch((splits, tiles, sequences), threads, [problem, *integers(splits)], shared_bytes)
+    else:
+        shared_bytes = _table_bytes(pages) + sums_bytes
+        kernel = load_kernel("sealed_attention", "attend_sealed_splits", constants, shared_bytes)
+        grid = (-(-splits * tiles // _SPLIT_PAGES), sequences, 1)
+        kernel.launch(grid, threads, [problem, *integers(splits, tiles)], shared_bytes)
+    merge = load_kernel("sealed_attention", "merge_sealed", constants)
+    merge.launch((heads, sequences, 1), head_dim, [problem, *integers(splits)])
+
+
+def _attend_tokens(
+    q: Tensor, pages: SealedRecords, problem: _Problem, settings: AttentionSettings, own_pages: int
+) -> None:
+    sequences, _, heads, head_dim = q.shape
+    columns = PAGE_TOKENS * heads // problem.kv_heads
+    room = max_shared_bytes(q.device)
+    warps = next(n for n in _ROW_WARPS if _rows_shared_bytes(head_dim, n, _table_rows(pages)) <= room)
+    while warps > 1 and _COLUMNS * warps // 2 >= columns:
+        warps //= 2
+    page_tiles = -(-columns // (_COLUMNS * warps))
+    constants = defined(**_constants(q, pages, settings), ROW_WARPS=warps)
+    shared_bytes = _rows_shared_bytes(head_dim, warps, _table_rows(pages))
+    kernel = load_kernel("sealed_attention", "attend_sealed_rows", constants, shared_bytes)
+    grid = (own_pages * page_tiles, problem.kv_heads, sequences)
+    kernel.launch(grid, 32 * warps, [problem, *integers(page_tiles)], shared_bytes)
+
+
+def _problem(
+    q: Tensor,
+    pages: SealedRecords,
+    own: ExactPages,
+    tables: SealedTables,
+    positions: Tensor,
+    settings: AttentionSettings,
+    out: Tensor,
+) -> _Problem:
+    _, tokens, heads, head_dim = q.shape
+    _check_records(pages, head_dim)
+    kv_heads = own.keys.shape[1]
+    return _Problem(
         *(
             tensor.data_ptr()
             for tensor in (
                 q,
-                keys.records,
-                values.records,
+                pages.keys.records,
+                pages.values.records,
                 own.keys,
                 own.values,
-                keys.levels,
-                values.levels,
+                pages.keys.levels,
+                pages.values.levels,
                 tables.sealed,
                 tables.first,
                 tables.own,
                 positions,
-                partial,
-                norms,
             )
         ),
+        None if pages.signs is None else pages.signs.data_ptr(),
+        out.data_ptr(),
+        tokens=tokens,
         heads=heads,
         kv_heads=kv_heads,
-        table_pages=tables.sealed.shape[1],
         window=settings.window or 0,
+        sealed_stride=tables.sealed.stride(0),
+        first_stride=tables.first.stride(0),
+        own_stride=tables.own.stride(0),
         scale=settings.scale,
         softcap=settings.softcap or 0.0,
     )
-    table_bytes = keys.table_bytes + (0 if keys.levels is values.levels else values.table_bytes)
-    shared_bytes = max(table_bytes, _WARPS * _HEADS * head_dim * 4)
-    if shared_bytes > max_shared_bytes(q.device):
-        raise ValueError(f"Heads of {head_dim} need more shared memory than a block of this GPU has.")
-    row_tiles = -(-(heads // kv_heads) // _HEADS)
-    kernel = load_kernel("sealed_attention", "attend_sealed", constants, shared_bytes)
-    kernel.launch((splits, kv_heads * row_tiles, sequences), 32 * _WARPS, [problem, *integers(splits)], shared_bytes)
-    merge = load_kernel("sealed_attention", "merge_sealed", constants)
-    merge.launch((heads, sequences, 1), head_dim, [problem, *pointers(out), *integers(splits)])
-    return out
 
 
-def _check_records(keys: PairRecords, values: PairRecords, head_dim: int) -> None:
-    for part, has_mean in ((keys, True), (values, False)):
+def _constants(q: Tensor, pages: SealedRecords, settings: AttentionSettings) -> dict[str, int]:
+    return {
+        "HEAD_DIM": q.shape[-1],
+        "VALUE": VALUES[q.dtype],
+        "KEY_BITS": pages.keys.code_bits,
+        "VALUE_BITS": pages.values.code_bits,
+        "SAME_TABLE": int(pages.keys.levels is pages.values.levels),
+        "FIRST_EXACT": pages.exact_tokens,
+        "ROTATED_VALUES": int(pages.signs is not None),
+        "HAS_WINDOW": int(settings.window is not None),
+        "HAS_SOFTCAP": int(settings.softcap is not None),
+    }
+
+
+def _table_rows(pages: SealedRecords) -> int:
+    return 64 if pages.keys.code_bits == pages.values.code_bits == 6 else 256
+
+
+def _table_bytes(pages: SealedRecords) -> int:
+    return _table_rows(pages) * 256
+
+
+def _rows_shared_bytes(head_dim: int, warps: int, table_rows: int) -> int:
+    return table_rows * 256 + warps * 2 * _COLUMNS * head_dim * 4
+
+
+def _check_records(pages: SealedRecords, head_dim: int) -> None:
+    for part, has_mean in ((pages.keys, True), (pages.values, False)):
         expected = pair_layout(part.code_bits, has_mean, head_dim).num_bytes
         if part.records.shape[2] != expected:
             raise ValueError(f"Records have {part.records.shape[2]} bytes, not the {expected} of their codes.")

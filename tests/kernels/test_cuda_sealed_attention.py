@@ -1,10 +1,15 @@
 """The GPU's attention over sealed pages against the one in PyTorch, which is tested against sums token by token."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
-from anybit.kernels.cuda.sealed_attention import PairRecords, SealedTables, attend_sealed
+from anybit.kernels.cuda import sealed_attention
+from anybit.kernels.cuda.sealed_attention import PairRecords, SealedRecords, SealedTables, attend_sealed
+from anybit.kernels.portable.hadamard import rotation_signs, unrotate
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.pages import PairCodec
 from anybit.kvcache.formats import codec_of, parse_format
@@ -13,77 +18,157 @@ from anybit.kvcache.sealed import SealedPages
 pytestmark = pytest.mark.gpu
 
 SETTINGS = [AttentionSettings(0.1), AttentionSettings(0.1, window=150), AttentionSettings(0.2, softcap=5.0)]
+HEADS = [(9, 3, 64), (32, 8, 128), (4, 1, 256), (24, 2, 64)]
+FORMATS = ["qet4", "qet3", "qet2", "qet2+2", "qet4/qet2"]
 
 
-def levels_of(name: str) -> torch.Tensor:
+def levels_of(name: str) -> Tensor:
     codec = codec_of(name, for_keys=True)
     assert isinstance(codec, PairCodec)
     return codec.table.levels.half().cuda()  # type: ignore[attr-defined]
 
 
-def attended(
-    name: str, lengths: list[int], heads: int, kv_heads: int, head_dim: int, settings: AttentionSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same sequences' newest tokens by both: [seqs, heads, head_dim]. A sequence's numbers follow from its length."""
+@dataclass(frozen=True)
+class Case:
+    """Sequences of one format, whose numbers follow from their lengths, and their newest tokens."""
+
+    sealed: SealedPages
+    own: ExactPages
+    tables: PageTables
+    positions: Tensor
+    queries: Tensor
+    name: str
+    settings: AttentionSettings
+
+    def expected(self) -> Tensor:
+        return attend(self.queries, self.own, self.sealed, self.tables, self.positions, self.settings)
+
+    def attended(self, signs: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        key_name, value_name = parse_format(self.name).names
+        key_levels = levels_of(key_name)
+        value_levels = key_levels if key_name == value_name else levels_of(value_name)
+        out = torch.full_like(self.queries, 7.0).cuda()
+        attend_sealed(
+            self.queries.cuda(),
+            SealedRecords(
+                PairRecords(self.sealed.keys.cuda(), key_levels),
+                PairRecords(self.sealed.values.cuda(), value_levels),
+                self.sealed.exact_tokens,
+                None if signs is None else signs.cuda(),
+            ),
+            ExactPages(self.own.keys.cuda(), self.own.values.cuda()),
+            SealedTables(self.tables.sealed.cuda(), self.tables.first.cuda(), self.tables.own.cuda()),
+            (self.positions if positions is None else positions).cuda(),
+            self.settings,
+            out,
+        )
+        return out.cpu()
+
+
+def make_case(
+    name: str, lengths: list[int], heads: tuple[int, int, int], settings: AttentionSettings, new_tokens: int = 1
+) -> Case:
+    num_heads, kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(1)
-    counts = [length // 64 for length in lengths]
-    most = max(*counts, 1)
-    kv_format = parse_format(name)
-    sealed = SealedPages(kv_format, sum(counts) + len(lengths), kv_heads, head_dim)
+    starts = [length - new_tokens for length in lengths]
+    counts = [(length - 1) // 64 for length in lengths]
+    firsts_own = [start // 64 for start in starts]
+    most_own = max(count - first + 1 for count, first in zip(counts, firsts_own, strict=True))
+    sealed = SealedPages(parse_format(name), sum(counts) + len(lengths), kv_heads, head_dim)
     ids = iter(torch.randperm(sum(counts) + len(lengths), generator=generator).tolist())
-    shape = (len(lengths), kv_heads, 64, head_dim)
-    exact = ExactPages(*(torch.full(shape, torch.nan).bfloat16() for _ in range(2)))
-    table = torch.zeros(len(lengths), most, dtype=torch.int64)
+    shape = (len(lengths) * most_own, kv_heads, 64, head_dim)
+    own = ExactPages(*(torch.full(shape, torch.nan).bfloat16() for _ in range(2)))
+    slots = torch.randperm(len(lengths) * most_own, generator=generator).view(len(lengths), most_own)
+    table = torch.zeros(len(lengths), max(*counts, 1), dtype=torch.int64)
     first = torch.tensor([next(ids) for _ in lengths])
-    for index, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        own = torch.Generator().manual_seed(length)
-        keys, values = ((torch.randn(length, kv_heads, head_dim, generator=own) * 2 + 1).bfloat16() for _ in range(2))
+    for index, (length, count, first_own) in enumerate(zip(lengths, counts, firsts_own, strict=True)):
+        numbers = torch.Generator().manual_seed(length)
+        keys, values = (
+            (torch.randn(length, kv_heads, head_dim, generator=numbers) * 2 + 1).bfloat16() for _ in range(2)
+        )
         whole = [part[: 64 * count].view(count, 64, kv_heads, head_dim).transpose(1, 2) for part in (keys, values)]
         pages = torch.tensor([next(ids) for _ in range(count)], dtype=torch.int64)
-        own_page = (length - 1) // 64
         if count:
             sealed.seal(pages, *whole)
             sealed.keep_exactly(first[index : index + 1], whole[0][:1], whole[1][:1])
             table[index, :count] = pages
-        written = length - 64 * own_page
-        for pool, part in ((exact.keys, keys), (exact.values, values)):
-            pool[index, :, :written] = part[64 * own_page :].transpose(0, 1)
-    positions = torch.tensor(lengths) - 1
-    queries = [torch.randn(heads, head_dim, generator=torch.Generator().manual_seed(-length)) for length in lengths]
-    q = torch.stack(queries).bfloat16()
-    slots = torch.arange(len(lengths))
-    tables = PageTables(table, first, slots[:, None], positions // 64)
-    expected = attend(q[:, None], exact, sealed, tables, positions[:, None], settings)[:, 0]
-    key_levels = levels_of(kv_format.keys)
-    value_levels = key_levels if kv_format.keys == kv_format.values else levels_of(kv_format.values)
-    got = attend_sealed(
-        q.cuda(),
-        PairRecords(sealed.keys.cuda(), key_levels),
-        PairRecords(sealed.values.cuda(), value_levels),
-        ExactPages(exact.keys.cuda(), exact.values.cuda()),
-        SealedTables(table.cuda(), first.cuda(), slots.cuda()),
-        positions.cuda(),
-        sealed.exact_tokens,
-        settings,
-    )
-    return got.cpu(), expected
+        for page in range(first_own, count + 1):
+            slot, written = slots[index, page - first_own], slice(64 * page, min(64 * page + 64, length))
+            for pool, part in ((own.keys, keys), (own.values, values)):
+                pool[slot, :, : written.stop - written.start] = part[written].transpose(0, 1)
+    positions = torch.tensor(starts)[:, None] + torch.arange(new_tokens)
+    queries = [
+        torch.randn(length, num_heads, head_dim, generator=torch.Generator().manual_seed(-length))[-new_tokens:]
+        for length in lengths
+    ]
+    tables = PageTables(table, first, slots, torch.tensor(firsts_own))
+    return Case(sealed, own, tables, positions, torch.stack(queries).half(), name, settings)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (4, 1, 256), (24, 2, 64)])
-@pytest.mark.parametrize("name", ["qet4", "qet3", "qet2", "qet2+2", "qet4/qet2"])
-def test_it_is_what_the_pages_say(
-    name: str, heads: int, kv_heads: int, head_dim: int, settings: AttentionSettings
-) -> None:
-    lengths = [1, 63, 64, 65, 128, 200, 1024, 1025, 1500]
-    got, expected = attended(name, lengths, heads, kv_heads, head_dim, settings)
+def check(got: Tensor, expected: Tensor) -> None:
     size = expected.norm(dim=-1, keepdim=True)
     assert bool(((got - expected).norm(dim=-1, keepdim=True) <= 5e-3 * size).all())
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_it_is_what_the_pages_say_however_many_sequences(
+    name: str, heads: tuple[int, int, int], settings: AttentionSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(name, [1, 63, 64, 65, 128, 200, 1024, 1025, 1500], heads, settings)
+    got = case.attended()
+    check(got, case.expected())
+    monkeypatch.setattr(sealed_attention, "_MANY_SPLITS", 0)
+    assert torch.equal(case.attended(), got)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", ["qet4", "qet2", "qet4/qet3"])
+def test_many_tokens_attend_as_the_pages_say(
+    name: str, heads: tuple[int, int, int], settings: AttentionSettings
+) -> None:
+    case = make_case(name, [150, 1000], heads, settings, new_tokens=150)
+    check(case.attended(), case.expected())
+
+
+def test_results_are_rotated_back() -> None:
+    case = make_case("qet4", [70, 300], (32, 8, 128), SETTINGS[0])
+    signs = rotation_signs(128)
+    check(case.attended(signs), unrotate(case.expected(), signs))
+
+
 def test_a_sequence_has_the_same_bits_alone() -> None:
     lengths = [300, 1300, 70]
-    together, _ = attended("qet4", lengths, 8, 2, 128, AttentionSettings(0.1))
+    together = make_case("qet4", lengths, (8, 2, 128), SETTINGS[0]).attended()
     for index, length in enumerate(lengths):
-        alone, _ = attended("qet4", [length], 8, 2, 128, AttentionSettings(0.1))
-        assert torch.equal(together[index], alone[0])
+        assert torch.equal(together[index], make_case("qet4", [length], (8, 2, 128), SETTINGS[0]).attended()[0])
+
+
+@pytest.mark.parametrize("length", [150, 9000, 17000])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 128)], ids=str)
+def test_a_token_has_the_same_bits_among_many(
+    heads: tuple[int, int, int], settings: AttentionSettings, length: int
+) -> None:
+    signs = rotation_signs(heads[2])
+    many = make_case("qet4", [length], heads, settings, new_tokens=150).attended(signs)
+    for later in (0, 1, 70, 149):
+        case = make_case("qet4", [length], heads, settings, new_tokens=150)
+        position = case.positions[:, 149 - later : 150 - later]
+        own = case.tables.own[:, position[0] // 64 - case.tables.first_own]
+        tables = PageTables(case.tables.sealed, case.tables.first, own, position[0] // 64)
+        alone = Case(
+            case.sealed, case.own, tables, position, case.queries[:, 149 - later : 150 - later], "qet4", settings
+        )
+        assert torch.equal(alone.attended(signs)[0, 0], many[0, 149 - later])
+
+
+def test_rows_of_other_formats_are_left_alone() -> None:
+    case = make_case("qet4", [300, 70, 500], (8, 2, 128), SETTINGS[0])
+    positions = case.positions.clone()
+    positions[1] = -1
+    got, all_rows = case.attended(positions=positions), case.attended()
+    assert torch.equal(got[[0, 2]], all_rows[[0, 2]])
+    assert bool((got[1] == 7.0).all())

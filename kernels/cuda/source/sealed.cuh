@@ -1,7 +1,4 @@
 // Sealed pages as `kernels/page_layout.py` lays them out: records of codes of ordered pairs, and the tables that codes point to.
-//
-// A table has a copy for each lane (or for two lanes, where an entry is eight bytes), so that no two lanes of a load that look
-// up different codes meet in a bank.
 #pragma once
 #include "attention.cuh"
 
@@ -13,6 +10,9 @@
 #endif
 #ifndef FIRST_EXACT  // tokens of a sequence that are kept as they are, at most 16
 #define FIRST_EXACT 16
+#endif
+#ifndef SAME_TABLE  // of keys and values
+#define SAME_TABLE (KEY_BITS == VALUE_BITS)
 #endif
 
 namespace nested {
@@ -29,25 +29,42 @@ struct Record {
 using KeyRecord = Record<KEY_BITS, true>;
 using ValueRecord = Record<VALUE_BITS, false>;
 
-// Lookups of kBits-bit codes; `entries` [2^kBits] pairs of half-precision numbers.
-template <int kBits>
-struct Table {
-    static constexpr int kEntries = 1 << kBits, kWords = kBits == 4 ? 256 * 2 * 16 : kEntries * 32;
-    const u32* words;
+// Tables lie side by side in shared memory, in rows of 256 bytes: a code is the upper byte of its entry's address, and the
+// lower one belongs to the lane, which has a copy of its own (or one with another lane, where an entry is eight bytes), so that
+// no two lanes of a load meet in a bank. Rows of 4-bit codes are found by the byte: of two codes, the first lies in the lower half.
+constexpr int kTableRows = KEY_BITS == 6 && VALUE_BITS == 6 ? 64 : 256, kTableBytes = kTableRows * 256;
 
-    __device__ static void fill(u32* words, const u32* entries) {
-        for (int index = threadIdx.x; index < kWords; index += blockDim.x) {
-            if (kBits == 4) {  // by the byte: of two codes, the first lies in the lower half
-                const int byte = index / 32;
-                words[index] = entries[index % 2 ? byte >> 4 : byte & 15];
-            } else {
-                words[index] = entries[index / 32];
-            }
+template <int kBits, bool kIsSecond>
+struct Table {
+    u32 base, place;
+
+    __device__ explicit Table(const u32* tables) {
+        const u32 lane = threadIdx.x & 31;
+        base = (u32)__cvta_generic_to_shared(tables);
+        place = (kBits == 4 ? lane % 16 * 8 : lane * 4) + (kIsSecond ? 128 : 0);
+    }
+    // `entries` are [2^kBits] pairs of half-precision numbers.
+    static __device__ void fill(u32* tables, const u32* entries) {
+        for (int index = threadIdx.x; index < (kBits == 6 ? 64 : 256) * 8; index += blockDim.x) {
+            const int row = index / 8;
+            const u32 a = entries[kBits == 4 ? row & 15 : row], b = kBits == 4 ? entries[row >> 4] : a;
+            reinterpret_cast<uint4*>(tables)[row * 16 + (kIsSecond ? 8 : 0) + index % 8] = make_uint4(a, b, a, b);
         }
     }
-    __device__ u32 one(u32 code) const { return words[code * 32 + (threadIdx.x & 31)]; }
-    __device__ uint2 two(u32 byte) const { return reinterpret_cast<const uint2*>(words)[byte * 16 + (threadIdx.x & 15)]; }
+    // Of the code, or the two, in byte `index` of a word.
+    __device__ u32 one(u32 word, int index) const {
+        u32 pair;
+        asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(base + __byte_perm(word, place, 0x5504 | index << 4)));
+        return pair;
+    }
+    __device__ uint2 two(u32 word, int index) const {
+        uint2 pairs;
+        asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(pairs.x), "=r"(pairs.y) : "r"(base + __byte_perm(word, place, 0x5504 | index << 4)));
+        return pairs;
+    }
 };
+using KeyTable = Table<KEY_BITS, false>;
+using ValueTable = Table<VALUE_BITS, !SAME_TABLE>;
 
 // kBytes bytes at a multiple of as many, up to 16, as words.
 template <int kBytes>
@@ -59,10 +76,9 @@ __device__ inline void read_bytes(const u8* from, u32 (&words)[(kBytes + 3) / 4]
             words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
         }
     } else if constexpr (kBytes == 8) {
-        const uint2 v = *reinterpret_cast<const uint2*>(from);
-        words[0] = v.x, words[1] = v.y;
+        asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
     } else if constexpr (kBytes == 4) {
-        words[0] = *reinterpret_cast<const u32*>(from);
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(words[0]) : "l"(from));
     } else if constexpr (kBytes == 2) {
         words[0] = *reinterpret_cast<const unsigned short*>(from);
     } else {
@@ -70,41 +86,74 @@ __device__ inline void read_bytes(const u8* from, u32 (&words)[(kBytes + 3) / 4]
         words[0] = *from;
     }
 }
-template <int kCount>
-__device__ inline u32 byte_of(const u32 (&words)[kCount], int index) { return words[index / 4] >> (8 * (index % 4)) & 255u; }
 
-// kCount neighbouring pairs of the token whose codes lie at `token`, from pair `first` on, a multiple of kCount.
+// Codes of kCount neighbouring pairs of a token, read and then looked up.
 template <int kBits, int kCount>
-__device__ inline void look_up(const Table<kBits>& table, const u8* token, int first, u32 (&pairs)[kCount]) {
-    if constexpr (kBits == 8) {
-        u32 words[kCount / 4];
-        read_bytes<kCount>(token + first, words);
+struct Codes {
+    static constexpr int kHighBytes = kBits == 8 ? kCount : kCount / 2, kLowBytes = kBits == 6 ? kCount / 4 : 1;
+    u32 high[(kHighBytes + 3) / 4], low[(kLowBytes + 3) / 4];
+
+    // `token` is where the token's codes lie, `first` the first pair, a multiple of kCount.
+    __device__ void read(const u8* token, int first) {
+        read_bytes<kHighBytes>(token + first * (kBits == 8 ? 2 : 1) / 2, high);
+        if constexpr (kBits == 6) read_bytes<kLowBytes>(token + kPairs / 2 + first / 4, low);  // a plane of the low two bits
+    }
+    template <bool kIsSecond>
+    __device__ void look_up(const Table<kBits, kIsSecond>& table, u32 (&pairs)[kCount]) const {
+        if constexpr (kBits == 8) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) pairs[i] = table.one(byte_of(words, i));
-    } else {
-        u32 words[(kCount / 2 + 3) / 4];
-        read_bytes<kCount / 2>(token + first / 2, words);
-        if constexpr (kBits == 4) {
+            for (int i = 0; i < kCount; ++i) pairs[i] = table.one(high[i / 4], i % 4);
+        } else if constexpr (kBits == 4) {
 #pragma unroll
             for (int i = 0; i < kCount / 2; ++i) {
-                const uint2 both = table.two(byte_of(words, i));
-                pairs[2 * i] = both.x;
-                pairs[2 * i + 1] = both.y;
+                const uint2 both = table.two(high[i / 4], i % 4);
+                pairs[2 * i] = both.x, pairs[2 * i + 1] = both.y;
             }
-        } else {  // a plane of the high four bits, then one of the low two
-            u32 below[(kCount / 4 + 3) / 4];
-            read_bytes<kCount / 4>(token + kPairs / 2 + first / 4, below);
+        } else {
+            constexpr int kGroup = kCount < 8 ? kCount : 8;  // codes whose high bits are in one word
+            u32 crumbs[4];                                   // of every fourth code of sixteen, a byte each
 #pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                pairs[i] = table.one((words[i / 8] >> (4 * (i % 8)) & 15u) << 2 | (below[i / 16] >> (2 * (i % 16)) & 3u));
+            for (int first = 0; first < kCount; first += kGroup) {
+                if (first % 16 == 0)
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) crumbs[k] = low[first / 16] >> (2 * k) & 0x03030303;
+                const u32 choice = first % 16 ? 0x7362 : 0x5140, word = high[first / 8];
+                const u32 even = (word & 0x0F0F0F0F) << 2 | __byte_perm(crumbs[0], crumbs[2], choice);
+                const u32 odd = (word >> 4 & 0x0F0F0F0F) << 2 | __byte_perm(crumbs[1], crumbs[3], choice);
+#pragma unroll
+                for (int i = 0; i < kGroup; ++i) pairs[first + i] = table.one(i % 2 ? odd : even, i / 2);
+            }
         }
     }
-}
+};
 
 // A norm of a page, from its code: log2 of the least but zero, and the step.
 __device__ inline float norm_of(u32 code, float2 range) {
     return code == 0 ? 0.f : power_of_two(__fmaf_rn(range.y, (float)((int)code - 1), range.x));
 }
 __device__ inline float2 range_at(const u8* place) { return __half22float2(*reinterpret_cast<const __half2*>(place)); }
+
+// The inverse of the pages' rotation but for its signs: lanes whose numbers differ in bits from kFirst on have neighbouring
+// numbers of one vector, kLocal each.
+template <int kLocal, int kFirst>
+__device__ inline void unrotate(float (&x)[kLocal]) {
+#pragma unroll
+    for (int span = 1; span < kLocal; span *= 2)
+#pragma unroll
+        for (int i = 0; i < kLocal; ++i)
+            if ((i & span) == 0) {
+                const float a = x[i], b = x[i + span];
+                x[i] = a + b, x[i + span] = a - b;
+            }
+#pragma unroll
+    for (int distance = kFirst; distance < 32; distance *= 2) {
+        const bool is_upper = threadIdx.x & distance;
+#pragma unroll
+        for (int i = 0; i < kLocal; ++i) {
+            const float other = __shfl_xor_sync(~0u, x[i], distance);
+            x[i] = is_upper ? other - x[i] : x[i] + other;
+        }
+    }
+}
 
 }  // namespace nested
