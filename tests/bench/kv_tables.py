@@ -1,6 +1,6 @@
 """Markdown tables of what formats of keys and values cost, from the reports under results/.
 
-python tests/bench/kv_tables.py divergence|errors|published
+python tests/bench/kv_tables.py divergence|errors|published|balance
 """
 
 import argparse
@@ -14,7 +14,7 @@ MODELS = {"smollm2": "SmolLM2-135M", "qwen25": "Qwen2.5-0.5B"}
 
 
 def main() -> None:
-    tables = {"divergence": divergence, "errors": errors, "published": published}
+    tables = {"divergence": divergence, "errors": errors, "published": published, "balance": balance}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tables)
     print("\n".join(tables[parser.parse_args().table]()))
@@ -65,39 +65,38 @@ def errors() -> Iterator[str]:
 
 
 def published() -> Iterator[str]:
-    """QET's share of product quantization's error, and page formats in as many bits, of kv_published_qet.py."""
-    for title, report in reports("kv_published_qet").items():
-        layers = sorted({row["layer"] for row in report["sweep"]})
-        yield f"**{title}**, {report['rows']:,} tokens, mean of layers {' and '.join(map(str, layers))}"
-        yield ""
-        yield from header(
-            "of",
-            "bits",
-            "groups",
-            "product quantization",
-            "QET as published",
-            "share",
-            "uniform",
-            "rotation + Lloyd-Max",
-        )
-        places = dict.fromkeys((row["of"], row["budget"], row["groups"]) for row in report["sweep"])
-        for place in places:
-            same = [row for row in report["sweep"] if (row["of"], row["budget"], row["groups"]) == place]
-            found = {
-                name: mean(row.get(name) for row in same) for name in ("pq", "qet", "uniform", "rotation + Lloyd-Max")
-            }
-            share = None if found["pq"] is None or found["qet"] is None else 100 * found["qet"] / found["pq"]
-            yield line(
-                place[0],
-                f"{place[1]:.2f}",
-                str(place[2]),
-                number(found["pq"]),
-                number(found["qet"]),
-                "–" if share is None else f"{share:.0f} %",
-                number(found["uniform"]),
-                number(found["rotation + Lloyd-Max"]),
-            )
-        yield ""
+    """QET's share of product quantization's error, and what pages lose in as many bits, of kv_published_qet.py: means over
+    the swept layers."""
+    measured = {title: by_place(report["sweep"]) for title, report in reports("kv_published_qet").items()}
+    columns = ("product quantization", "QET as published", "share", "pages")
+    yield from header("of", "bits", "groups", *(f"{title}: {column}" for title in measured for column in columns))
+    for place in next(iter(measured.values())):
+        of, bits, groups = place
+        cells = [of, f"{bits:.2f}", str(groups)]
+        for rows in (places[place] for places in measured.values()):
+            pq, qet = mean(row.get("pq") for row in rows), mean(row.get("qet") for row in rows)
+            pages = min(mean(row[name] for row in rows) for name in ("uniform", "rotation + Lloyd-Max"))
+            share = "–" if pq is None or qet is None else f"{100 * qet / pq:.0f} %"
+            cells += [number(pq), number(qet), share, number(pages)]
+        yield line(*cells)
+
+
+def by_place(sweep: list[dict[str, Any]]) -> dict[tuple[str, float, int], list[dict[str, Any]]]:
+    """Layers' rows of the same kind, budget and groups."""
+    found: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
+    for row in sweep:
+        found.setdefault((row["of"], row["budget"], row["groups"]), []).append(row)
+    return found
+
+
+def balance() -> Iterator[str]:
+    """KL and top-1 agreement by where keys' balance weights come from, of kv_balance.py."""
+    yield from header("model", "format", "keys balanced by", "layers in uniform8", "KL", "same token")
+    for title, report in reports("kv_balance").items():
+        for row in report["rows"]:
+            raised = ", ".join(map(str, row["raised"])) or "–"
+            agreement = f"{100 * row['top1_agreement']:.1f} %"
+            yield line(title, row["kv_format"], row["balance"], raised, f"{row['kl']:.4f}", agreement)
 
 
 def reports(kind: str) -> dict[str, dict[str, Any]]:
