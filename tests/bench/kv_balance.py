@@ -1,0 +1,142 @@
+"""KL divergence from bf16 keys and values by where the balance weights of keys come from, and what raised layers are worth.
+
+    python tests/bench/kv_balance.py [MODEL] --text FILE --calibration FILE --json OUT [--kv-format qet4,qet2]
+
+The served kernels, windows and text of `anybit bench kv`, with weights as `anybit serve` estimates them at the start, as
+`anybit quantize --kv-calibration FILE` keeps them, and with none. Where the start-up self-check raises layers to uniform8
+(`raised`), the same is measured with these layers left in the format too.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from kv_inputs import describe_machine
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from anybit.engine.evaluate.comparison import Comparison
+from anybit.engine.evaluate.perplexity import score_windows
+from anybit.engine.evaluate.text import read_text, windows
+from anybit.engine.evaluate.variant import Variant
+from anybit.engine.kv.cache import OWN_FORMAT
+from anybit.engine.kv.key_balance import KeyBalance
+from anybit.engine.kv.prompt_heads import prompt_tokens, read_heads
+from anybit.engine.kv.sealed_setup import SealedSetup
+from anybit.engine.kv.selfcheck import MOST_TOKENS, check_format
+from anybit.engine.machine import keep_freed_memory, physical_cores, resolve_device, use_threads
+from anybit.engine.models.decoder import Decoder
+from anybit.engine.quantize.kv_calibration import key_windows
+from anybit.engine.weights.checkpoint import CheckpointReader
+from anybit.engine.weights.resolve import resolve_model
+from anybit.kvcache.spec import KVSpec
+
+WIDTHS = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A variant, where its balance weights come from and which layers are raised in it."""
+
+    balance: str
+    raised: tuple[int, ...]
+    variant: Variant
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="an AnyBit checkpoint; without it the demo model's")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--kv-format", default="qet4,qet2")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--bit-width", type=int, default=8)
+    arguments = parser.parse_args()
+    device = resolve_device("cpu")
+    use_threads(physical_cores(), device)
+    keep_freed_memory()
+    reader = CheckpointReader(resolve_model(arguments.model, "best", None, WIDTHS).checkpoint)
+    (reference,) = Comparison(reader, arguments.context, 8, (OWN_FORMAT,), device).nested((arguments.bit_width,))
+    weights = weights_by_source(reader.directory, arguments.calibration, reference)
+    measured = [
+        found
+        for name in arguments.kv_format.split(",")
+        for found in measured_ways(reader.directory, reference, name, weights)
+    ]
+    tokenizer = Tokenizer.from_file(str(reader.directory / "tokenizer.json"))
+    token_ids = tokenizer.encode(read_text(arguments.text), add_special_tokens=False).ids
+    score_windows(
+        [reference, *(found.variant for found in measured)],
+        windows(token_ids, arguments.context, arguments.max_tokens),
+        reference,
+        lambda done, total: print(f"{done} of {total}", flush=True),
+    )
+    report = {
+        "model": reader.manifest.source_name,
+        "text": arguments.text.name,
+        "calibration": arguments.calibration.name,
+        "tokens": reference.tokens,
+        "context": arguments.context,
+        "bit_width": arguments.bit_width,
+        "machine": describe_machine(device),
+        "rows": [
+            {
+                "kv_format": found.variant.kv_format,
+                "balance": found.balance,
+                "raised": found.raised,
+                "perplexity": found.variant.perplexity,
+                "kl": found.variant.kl / found.variant.tokens,
+                "top1_agreement": found.variant.agreements / found.variant.tokens,
+            }
+            for found in measured
+        ],
+    }
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def weights_by_source(directory: Path, calibration: Path, reference: Variant) -> dict[str, Sequence[Tensor] | None]:
+    """Balance weights of each layer's keys, by what they come from."""
+    decoder, width = reference.decoder, reference.bit_width
+    at_start = prompt_tokens(directory, decoder.config.max_position_embeddings)
+    calibrated = key_windows(directory, (str(calibration),), seed=0)
+    return {
+        f"{len(at_start)} tokens at the start": estimated(decoder, [at_start], width),
+        f"{sum(map(len, calibrated))} tokens of a calibration": estimated(decoder, calibrated, width),
+        "nothing": None,
+    }
+
+
+def estimated(decoder: Decoder, texts: Sequence[Sequence[int]], bit_width: int) -> list[Tensor]:
+    balance = KeyBalance()
+    for token_ids in texts:
+        balance.add(read_heads(decoder, token_ids, bit_width))
+    return balance.weights()
+
+
+def measured_ways(
+    directory: Path, reference: Variant, name: str, weights: dict[str, Sequence[Tensor] | None]
+) -> Iterator[Measured]:
+    decoder = reference.decoder
+    config = decoder.config
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, name)
+    tokens = prompt_tokens(directory, config.max_position_embeddings)[:MOST_TOKENS]
+    heads = read_heads(decoder, tokens, reference.bit_width)
+    settings = [layer.attention.settings for layer in decoder.layers]
+    for source, of_layers in weights.items():
+        checked = check_format(spec, heads, settings, of_layers, decoder.device).spec
+        for way in (checked, spec) if checked.layer_formats else (checked,):
+            setup = SealedSetup(of_layers, {name: way})
+            variant = Variant(
+                reference.label, decoder, reference.bit_width, name, reference.effective_bits, setup=setup
+            )
+            yield Measured(source, tuple(way.layer_formats), variant)
+
+
+if __name__ == "__main__":
+    main()
