@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.chunk import Chunk, PlacedChunk, attended_together, by_width
+from anybit.engine.int64_tensors import int64_tensors
 from anybit.engine.kv.sealed_batch import SealedRows, sealed_rows
 from anybit.engine.sequence import Sequence
 from anybit.kernels.widths import TileWidths, WidthSegment
@@ -55,6 +56,9 @@ class BatchPlan:
     sampled: tuple[Sequence, ...]
     scored: tuple[ScoredRows, ...]
     sealed: tuple[SealedRows, ...] = ()
+    row_formats: Tensor | None = (
+        None  # int64 [rows]: places in `sealed`, -1 for exact formats; None if nothing is sealed
+    )
     tile_widths: TileWidths | None = None
 
 
@@ -89,13 +93,16 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
     placed = list(zip(ordered, first_rows, strict=True))
     groups = _attention_groups([place for place in placed if is_exact(place[0].sequence.kv_format)])
     sealed_formats = sorted({chunk.sequence.kv_format for chunk in ordered} - EXACT_FORMATS.keys())
-    tensors = _tensors(
+    numbers = {name: number for number, name in enumerate(sealed_formats)}
+    row_formats = [numbers.get(chunk.sequence.kv_format, -1) for chunk in ordered for _ in range(chunk.num_tokens)]
+    tensors = int64_tensors(
         [
             token_ids,
             positions,
             page_ids,
             [position % PAGE_SIZE for position in positions],
             [row for row, _ in completing],
+            row_formats,
             *(part for group in groups for part in (group.row_ids, group.block_tables, group.positions)),
         ],
         device,
@@ -108,7 +115,7 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
         segments=tuple(segments),
         attention_groups=tuple(
             AttentionGroup(*(part.view(group.num_seqs, -1) for part in tensors[first : first + 3]))
-            for first, group in zip(range(5, len(tensors), 3), groups, strict=True)
+            for first, group in zip(range(6, len(tensors), 3), groups, strict=True)
         ),
         sampled_rows=tensors[4],
         sampled=tuple(sequence for _, sequence in completing),
@@ -121,6 +128,7 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
             sealed_rows(name, [place for place in placed if place[0].sequence.kv_format == name], device)
             for name in sealed_formats
         ),
+        row_formats=tensors[5] if sealed_formats else None,
     )
 
 
@@ -129,12 +137,6 @@ def _written_pages(sequence: Sequence) -> tuple[list[int], int]:
     if is_exact(sequence.kv_format):
         return sequence.pages, 0
     return sequence.own_slots, sequence.num_computed // PAGE_SIZE
-
-
-def _tensors(lists: ReadOnly[list[int]], device: torch.device | str) -> tuple[Tensor, ...]:
-    """Views of one int64 tensor, as making many small ones would take longer than a layer."""
-    flat = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, device=device)
-    return torch.split(flat, [len(values) for values in lists])
 
 
 def _scored_rows(chunk: Chunk, first_row: int, device: torch.device | str) -> ScoredRows | None:

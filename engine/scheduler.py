@@ -117,7 +117,7 @@ class Scheduler:
                 budget -= chunk.num_tokens
         chunks = chunks[: self._config.max_step_tokens]
         for chunk in chunks:
-            self._assign_slots(chunk)
+            self._assign_slots(chunk.sequence, chunk.sequence.num_computed + chunk.num_tokens)
         return chunks
 
     def extend_ahead(self, chunks: ReadOnly[Chunk]) -> bool:
@@ -130,8 +130,6 @@ class Scheduler:
         if frozenset(sequences) != self.running or (self._waiting and len(sequences) < self._config.max_num_seqs):
             return False
         if any(not chunk.completes or chunk.sequence.is_near_limit for chunk in chunks):
-            return False
-        if any(not self._pages_of(sequence).spec.is_exact for sequence in sequences):
             return False
         wanted = {
             sequence: self._pages_of(sequence).spec.pages_for(len(sequence.token_ids) + 1) - len(sequence.pages)
@@ -147,6 +145,7 @@ class Scheduler:
             given[sequence] = found
         for sequence, found in given.items():
             sequence.pages += found
+            self._assign_slots(sequence, sequence.num_computed + 2)
         return True
 
     def record(self, chunks: list[Chunk]) -> None:
@@ -188,13 +187,11 @@ class Scheduler:
     def _pages_of(self, sequence: Sequence) -> FormatPages:
         return self.books.formats[sequence.kv_format]
 
-    def _assign_slots(self, chunk: Chunk) -> None:
-        """Give a sequence of a sealed format the exact pages that a chunk's tokens lie in."""
-        sequence = chunk.sequence
+    def _assign_slots(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give a sequence of a sealed format the exact pages that its tokens up to the `num_tokens`-th are written to."""
         if not self._pages_of(sequence).spec.is_exact:
-            first, last = sequence.num_computed, sequence.num_computed + chunk.num_tokens - 1
-            wanted = last // PAGE_SIZE - first // PAGE_SIZE + 1
-            sequence.own_slots += self.books.slots.allocate(wanted - len(sequence.own_slots))
+            wanted = (num_tokens - 1) // PAGE_SIZE - sequence.num_computed // PAGE_SIZE + 1
+            sequence.own_slots += self.books.slots.allocate(max(wanted - len(sequence.own_slots), 0))
 
     def _extend_running(self) -> bool:
         """Give every running sequence pages for all its tokens; whether others had to be preempted for that."""

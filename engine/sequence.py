@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 
 from anybit.engine.types import GenerationRequest
+from anybit.kvcache.formats import is_exact
 from anybit.kvcache.prefix import PageKeys
+from anybit.kvcache.spec import PAGE_SIZE
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +50,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 while decoding."""
         return len(self.token_ids) - self.num_computed
+
+    def page_of(self, position: int) -> int:
+        """The exact page that the token at a position, not computed yet, is written to."""
+        page = position // PAGE_SIZE
+        return self.pages[page] if is_exact(self.kv_format) else self.own_slots[page - self.num_computed // PAGE_SIZE]
 
     @property
     def max_tokens_cached(self) -> int:

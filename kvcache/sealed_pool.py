@@ -12,7 +12,7 @@ from anybit.kernels.cuda.seal import PageSeals, can_seal, seal_pages
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.balance import PageBasis
 from anybit.kvcache.formats import is_rotated
-from anybit.kvcache.gpu_seal import gpu_records
+from anybit.kvcache.gpu_records import layer_records
 from anybit.kvcache.seal_clock import SealClock
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.spec import KVSpec
@@ -129,7 +129,7 @@ class _AlikeLayers:
     def __init__(self, pages: Mapping[int, SealedPages]) -> None:
         self._pages = pages
         self._first, *_ = pages.values()
-        self._gpu_records = gpu_records(pages)
+        self._gpu_records = layer_records(pages)
 
     def seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:
         """Own pages are [layers, pages, kv_heads, 64, head_dim]; numbers count the first dimension."""

@@ -1,5 +1,6 @@
 """What one step writes, seals and attends to in the pages of a sealed format (`kvcache.sealed_pool`)."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from anybit.engine.chunk import PlacedChunk, attended_together
+from anybit.engine.int64_tensors import int64_tensors
+from anybit.engine.sequence import Sequence
 from anybit.kvcache.attention import PageTables
 from anybit.kvcache.sealed_pool import Seals
 from anybit.kvcache.spec import PAGE_SIZE
@@ -34,27 +37,29 @@ class SealedRows:
 def sealed_rows(kv_format: str, placed: ReadOnly[PlacedChunk], device: torch.device | str) -> SealedRows:
     """Of chunks of this format, whose sequences have their own slots."""
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     rows = [row + token for chunk, row in placed for token in range(chunk.num_tokens)]
     groups = tuple(_group(members, num_tokens, device) for num_tokens, members in attended_together(placed))
-    slots: list[int] = []
-    page_ids: list[int] = []
-    first_slots: list[int] = []
-    first_page_ids: list[int] = []
-    numbers: list[int] = []
-    for chunk, _ in placed:
-        sequence = chunk.sequence
-        first, full = sequence.num_computed // PAGE_SIZE, (sequence.num_computed + chunk.num_tokens) // PAGE_SIZE
-        slots += sequence.own_slots[: full - first]
+    seals = seals_of([(chunk.sequence, chunk.sequence.num_computed, chunk.num_tokens) for chunk, _ in placed], device)
+    (row_ids,) = int64_tensors([rows], device)
+    return SealedRows(kv_format, row_ids, seals, groups)
+
+
+def seals_of(written: Iterable[tuple[Sequence, int, int]], device: torch.device | str) -> Seals | None:
+    """Pages that are full once sequences have written so many tokens from a position on, which their own slots reach."""
+    lists: tuple[list[int], ...] = ([], [], [], [], [])
+    slots, page_ids, first_slots, first_page_ids, numbers = lists
+    for sequence, start, num_tokens in written:
+        first, full = start // PAGE_SIZE, (start + num_tokens) // PAGE_SIZE
+        if first == full:
+            continue
+        own = sequence.own_slots[first - sequence.num_computed // PAGE_SIZE :]
+        slots += own[: full - first]
         page_ids += sequence.pages[1 + first : 1 + full]
         numbers += range(full - first)
-        if first == 0 and full:
-            first_slots.append(sequence.own_slots[0])
+        if first == 0:
+            first_slots.append(own[0])
             first_page_ids.append(sequence.pages[0])
-    seals = Seals(*map(tensor, (slots, page_ids, first_slots, first_page_ids, numbers))) if slots else None
-    return SealedRows(kv_format, tensor(rows), seals, groups)
+    return Seals(*int64_tensors(lists, device)) if slots else None
 
 
 def _group(members: ReadOnly[PlacedChunk], num_tokens: int, device: torch.device | str) -> SealedGroup:

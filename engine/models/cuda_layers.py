@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from anybit.engine.batch import BatchPlan
 from anybit.engine.layers.norm import RMSNorm
-from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.cuda_attention import CudaAttention, HeadSpec, attention_layers
 from anybit.engine.models.cuda_products import Product, Rows, product_of
 from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.cuda.activations import (
@@ -21,8 +22,7 @@ from anybit.kernels.cuda.activations import (
     prepare_activations,
     rms_norm,
 )
-from anybit.kernels.cuda.attention import attend_splits, can_attend
-from anybit.kernels.cuda.rotary import HeadNorms, RowPlaces, rotate_and_store
+from anybit.kernels.cuda.rotary import MOST_FORMATS, HeadNorms
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -43,13 +43,11 @@ class _Layer:
     mlp_norm: RMSNorm
     attention_output_gain: Tensor | None
     mlp_output_gain: Tensor | None
-    head_norms: HeadNorms | None
-    rotary: RotaryEmbedding
+    heads: HeadSpec
     qkv: Product
     output: Product
     gate_up: Product
     down: Product
-    window: int | None
 
 
 class CudaLayers:
@@ -64,25 +62,15 @@ class CudaLayers:
         self._layers = layers
         self._dtype = dtype
         self.is_fast = is_fast
+        self._attention: WeakKeyDictionary[KVPool, list[CudaAttention]] = WeakKeyDictionary()
 
     def __call__(self, hidden: Tensor, plan: BatchPlan, pool: KVPool) -> Tensor:
         """float32 [rows, hidden] -> the same tensor, after all layers."""
         addition: Addition | None = None
         parts = _parts(plan)
-        places = RowPlaces(plan.positions, plan.page_ids, plan.page_offsets)
-        for index, layer in enumerate(self._layers):
+        for layer, attention in zip(self._layers, self._attention_over(pool), strict=True):
             qkv = self._normed(hidden, addition, layer.attention_norm, layer.qkv, parts)
-            keys, values = pool.keys(index), pool.values(index)
-            q = rotate_and_store(
-                qkv.view(len(hidden), -1, self._config.head_dim),
-                places,
-                layer.rotary.cosines,
-                layer.rotary.sines,
-                keys,
-                values,
-                layer.head_norms,
-            )
-            output = self._attended(q, keys, values, layer, plan, parts)
+            output = self._attended(qkv, attention, layer, plan, parts)
             addition = Addition(output, layer.attention_output_gain)
             gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, parts)
             down = self._multiplied(gate_up, self._config.activation, layer.down, parts)
@@ -92,12 +80,19 @@ class CudaLayers:
         return hidden
 
     def can_read(self, pool: KVPool) -> bool:
-        """Whether these layers know the pages' formats: sealed ones not yet."""
-        return not pool.sealed
+        """Whether these layers know the pages' formats: as many as there may be."""
+        return len(pool.sealed) <= MOST_FORMATS
 
     def can_attend(self, pool: KVPool) -> bool:
         """Whether attention over these pages has a kernel: what takes its place can neither be captured nor is it exact."""
-        return can_attend(self._dtype, pool.keys(0))
+        return self.can_read(pool) and all(attention.has_kernels for attention in self._attention_over(pool))
+
+    def _attention_over(self, pool: KVPool) -> list[CudaAttention]:
+        layers = self._attention.get(pool)
+        if layers is None:
+            heads = [layer.heads for layer in self._layers]
+            layers = self._attention[pool] = attention_layers(heads, pool, self._dtype)
+        return layers
 
     def _normed(
         self,
@@ -139,29 +134,22 @@ class CudaLayers:
         return y
 
     def _attended(
-        self, q: Tensor, keys: Tensor, values: Tensor, layer: _Layer, plan: BatchPlan, parts: Sequence[Rows]
+        self, qkv: Tensor, attention: CudaAttention, layer: _Layer, plan: BatchPlan, parts: Sequence[Rows]
     ) -> Tensor:
         """The output projection of attention: [rows, hidden]."""
-        rows = len(q)
-        settings = (self._config.attention_scale, layer.window, self._config.attention_softcap)
-        group = plan.attention_groups[0]
-        if group.row_ids.shape == (rows, 1) and can_attend(q.dtype, keys):
-            # One token of each sequence, in the order of the rows: the merge of splits gives the product's inputs at once.
-            splits = attend_splits(q[:, None], keys, values, group.block_tables, group.positions, *settings)
-            y = self._empty(rows, layer.output.out_features, q.device)
-            for part in parts:
-                form = layer.output.form(part)
-                if form is None:
-                    layer.output(splits.merged().view(rows, -1)[part.start : part.stop], part, y)
-                else:
-                    layer.output(splits.prepared(part.start, part.stop, form), part, y)
-            return y
-        attended = torch.empty_like(q)
-        for group in plan.attention_groups:
-            attended[group.row_ids] = dispatch.paged_attention(
-                q[group.row_ids], keys, values, group.block_tables, group.positions, *settings
-            )
-        return self._multiplied(attended.view(rows, -1), None, layer.output, parts)
+        q = attention.queries(qkv, plan)
+        splits = attention.splits(q, plan)
+        if splits is None:
+            return self._multiplied(attention(q, plan).view(len(q), -1), None, layer.output, parts)
+        # The merge of splits gives the product's inputs at once.
+        y = self._empty(len(q), layer.output.out_features, q.device)
+        for part in parts:
+            form = layer.output.form(part)
+            if form is None:
+                layer.output(splits.merged().view(len(q), -1)[part.start : part.stop], part, y)
+            else:
+                layer.output(splits.prepared(part.start, part.stop, form), part, y)
+        return y
 
     def _empty(self, rows: int, columns: int, device: torch.device) -> Tensor:
         return torch.empty(rows, columns, dtype=self._dtype, device=device)
@@ -196,15 +184,18 @@ def _describe(
         mlp_norm=layer.mlp_norm,
         attention_output_gain=_gain(layer.attention_output_norm),
         mlp_output_gain=_gain(layer.mlp_output_norm),
-        head_norms=None
-        if query_norm is None or key_norm is None
-        else HeadNorms(query_norm.weight, key_norm.weight, query_norm.eps),
-        rotary=attention.rotary,
+        heads=HeadSpec(
+            config.head_dim,
+            None
+            if query_norm is None or key_norm is None
+            else HeadNorms(query_norm.weight, key_norm.weight, query_norm.eps),
+            attention.rotary,
+            attention.settings,
+        ),
         qkv=qkv,
         output=output,
         gate_up=gate_up,
         down=down,
-        window=config.layers[index].sliding_window,
     )
 
 

@@ -16,7 +16,7 @@ from anybit.kernels.cpu.sealed_pages import PairRecords, StackSealedPages
 from anybit.kernels.cpu.stack import StackGroup
 from anybit.kernels.widths import WidthSegment
 from anybit.kvcache.codec.pages import CoarseCodec, PageCodec, PairCodec
-from anybit.kvcache.codec.pairs import PairTable, TreeTable
+from anybit.kvcache.codec.pairs import PairTable
 from anybit.kvcache.sealed_pool import SealedLayer, Seals
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -41,12 +41,8 @@ def _describe_records(records: Tensor, codec: PageCodec, has_mean: bool) -> Pair
     if not isinstance(codec, PairCodec | CoarseCodec) or not isinstance(codec.table, PairTable):
         raise ValueError("The native step reads pages of ordered pairs alone.")
     table = codec.table
-    levels = table.levels
-    if isinstance(codec, CoarseCodec):
-        coarse = codec.table.coarse
-        levels = coarse.levels[torch.arange(1 << table.bits) >> (table.bits - coarse.bits)]
-    clusters = table.coarse.entries if isinstance(table, TreeTable) else table.entries.mean(0, keepdim=True)
-    return PairRecords(records, levels, table.entries, clusters, has_mean)
+    levels = codec.levels if isinstance(codec, CoarseCodec) else table.levels
+    return PairRecords(records, levels, table.entries, table.clusters, has_mean)
 
 
 @dataclass(frozen=True, slots=True)

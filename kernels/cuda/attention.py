@@ -82,9 +82,9 @@ class SplitAttention:
     splits: int
     kept: tuple[Tensor, ...]  # what `problem` points to
 
-    def merged(self) -> Tensor:
-        """[sequences, 1, heads, head_dim] in q's dtype."""
-        out = torch.empty_like(self.q)
+    def merged(self, out: Tensor | None = None) -> Tensor:
+        """[sequences, 1, heads, head_dim] in q's dtype; rows at negative positions are left as they are."""
+        out = torch.empty_like(self.q) if out is None else out
         self.problem.out = out.data_ptr()
         sequences = self.q.shape[0]
         kernel = load_kernel("attention", "merge_rows", defined(**self.constants))

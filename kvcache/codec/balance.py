@@ -81,7 +81,7 @@ class PageBasis:
     ) -> None:
         self._signs = rotation_signs(head_dim).to(device)
         self._weights = weights.to(device) if weights is not None and rotates_keys else None
-        self._rotates_keys, self._rotates_values = rotates_keys, rotates_values
+        self.rotates_keys, self.rotates_values = rotates_keys, rotates_values
 
     @property
     def signs(self) -> Tensor:
@@ -95,13 +95,13 @@ class PageBasis:
 
     def keys(self, keys: Tensor) -> Tensor:
         """[..., kv_heads, tokens, head_dim] -> float32 of the same shape."""
-        if not self._rotates_keys:
+        if not self.rotates_keys:
             return keys.float()
         return rotate(keys if self._weights is None else keys * self._weights[:, None], self._signs)
 
     def queries(self, queries: Tensor) -> Tensor:
         """[..., heads, tokens, head_dim] -> float32 of the same shape; a KV head's query heads are adjacent."""
-        if not self._rotates_keys:
+        if not self.rotates_keys:
             return queries.float()
         if self._weights is not None:
             repeat = queries.shape[-3] // len(self._weights)
@@ -109,18 +109,18 @@ class PageBasis:
         return rotate(queries, self._signs)
 
     def values(self, values: Tensor) -> Tensor:
-        return rotate(values, self._signs) if self._rotates_values else values.float()
+        return rotate(values, self._signs) if self.rotates_values else values.float()
 
     def restored_keys(self, keys: Tensor) -> Tensor:
         """Inverse of `keys`."""
-        if not self._rotates_keys:
+        if not self.rotates_keys:
             return keys
         keys = unrotate(keys, self._signs)
         return keys if self._weights is None else keys / self._weights[:, None]
 
     def restored_values(self, values: Tensor) -> Tensor:
         """Inverse of `values`; of attention's output too, which is a mean of values."""
-        return unrotate(values, self._signs) if self._rotates_values else values
+        return unrotate(values, self._signs) if self.rotates_values else values
 
 
 def _positive(sizes: Tensor) -> Tensor:

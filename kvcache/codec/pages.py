@@ -84,6 +84,12 @@ class CoarseCodec:
     def layout(self, head_dim: int) -> PageLayout:
         return pair_layout(self.table.bits, self.has_mean, head_dim)
 
+    @property
+    def levels(self) -> Tensor:
+        """What each code of the finer table is read as: float32 [2^bits, 2]."""
+        coarse = self.table.coarse
+        return coarse.levels[torch.arange(1 << self.table.bits) >> (self.table.bits - coarse.bits)]
+
     def decode(self, fields: PageFields) -> Tensor:
         coarse = self.table.coarse
         codes = unpack_codes(fields["codes"], self.table.bits) >> (self.table.bits - coarse.bits)

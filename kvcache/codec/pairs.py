@@ -52,6 +52,11 @@ class PairTable:
         """The pair that each code stands for, in its original order: float32 [2^bits, 2]."""
         return torch.cat((self.entries, self.entries.flip(1)))
 
+    @property
+    def clusters(self) -> Tensor:
+        """Of which the nearest is chosen before its entries are compared, float32 [clusters, 2]: here a single one."""
+        return self.entries.mean(0, keepdim=True)
+
     def encode(self, values: Tensor) -> Tensor:
         pairs = values.reshape(-1, 2)
         swapped = pairs[:, 0] < pairs[:, 1]
@@ -77,6 +82,10 @@ class TreeTable(PairTable):
     """
 
     coarse: PairTable
+
+    @property
+    def clusters(self) -> Tensor:
+        return self.coarse.entries
 
     def index(self, ordered: Tensor) -> Tensor:
         parent = self.coarse.index(ordered)

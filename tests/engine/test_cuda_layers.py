@@ -64,6 +64,25 @@ def test_the_gpu_computes_what_the_cpu_does(checkpoint, decoder):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kv_format", ["qet4", "qet2", "qet2+2@2", "qet4/qet3", "uniform8"])
+def test_the_gpu_reads_sealed_pages_as_the_cpu_does(checkpoint, decoder, kv_format):
+    on_cpu = decoder_from(checkpoint, "cpu")
+    expected = cached_logits(on_cpu, TOKENS, 70, 8, kv_format)
+    got = cached_logits(decoder, TOKENS, 70, 8, kv_format).cpu()
+    exact = cached_logits(on_cpu, TOKENS, 70, 8, "bf16")
+    # Pages are encoded from numbers that differ a little, so now and then another code is nearest.
+    assert (got - expected).norm() < max(3e-2 * exact.norm(), 0.5 * (expected - exact).norm())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kv_format", ["qet4", "qet2"])
+def test_chunks_change_no_bit_of_what_follows_sealed_pages(decoder, kv_format):
+    alone = cached_logits(decoder, TOKENS, 120, 4, kv_format)
+    for prompt in (1, 64, 77, 150):
+        assert torch.equal(cached_logits(decoder, TOKENS, prompt, 4, kv_format), alone)
+
+
+@torch.inference_mode()
 def test_chunks_and_batch_mates_change_no_bit(decoder):
     alone = {width: cached_logits(decoder, TOKENS, 120, width, "bf16") for width in (2, 4, 8)}
     for width in alone:

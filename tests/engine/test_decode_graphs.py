@@ -8,11 +8,12 @@ import torch
 from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
 from anybit.engine.chunk import Chunk
-from anybit.engine.decode_graphs import DecodeGraphs, StepResult, StepShape, padded_pages, padded_rows, row_alignment
+from anybit.engine.decode_graphs import DecodeGraphs, StepResult, padded_pages, padded_rows, row_alignment
 from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.runner import Runner, _launched
 from anybit.engine.sampling import UNDECIDED, FoundTokens
 from anybit.engine.sequence import Sequence
+from anybit.engine.step_inputs import StepShape
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import NestedLoader
@@ -107,6 +108,59 @@ def test_texts_alone_and_in_a_mixed_batch_are_equal_and_eager_steps_agree(tiny_g
     eager = make_core(tiny_gpu_decoder)
     eager._runner._graphs = None
     assert run(eager, requests) == together
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+def test_texts_of_several_formats_are_those_of_each_alone(tiny_gpu_decoder, sampling):
+    formats = ("bf16", "qet4", "qet2", "qet4/qet3")
+    generator = torch.Generator().manual_seed(4)
+    requests = [
+        make_request(
+            str(index),
+            torch.randint(4, 500, (length,), generator=generator).tolist(),
+            80,
+            width,
+            kv_format,
+            seed=index,
+            **sampling,
+        )
+        for index, (width, length, kv_format) in enumerate(
+            [
+                (4, 30, "qet4"),
+                (2, 100, "qet4"),
+                (8, 63, "bf16"),
+                (4, 63, "qet2"),
+                (3, 64, "qet4/qet3"),
+                (8, 1, "qet4"),
+                (2, 5, "bf16"),
+            ]
+        )
+    ]
+
+    def core():
+        return make_core(tiny_gpu_decoder, kv_format=formats[0], kv_formats=formats[1:])
+
+    before = fallbacks.snapshot()
+    together = run(core(), requests)
+    for request in requests:
+        assert run(core(), [request]) == {request.request_id: together[request.request_id]}
+    assert fallbacks.snapshot() == before
+    eager = core()
+    eager._runner._graphs = None
+    assert run(eager, requests) == together
+
+
+@pytest.mark.gpu
+def test_steps_over_sealed_pages_begin_before_the_last_has_ended(tiny_gpu_decoder):
+    core = make_core(tiny_gpu_decoder, kv_format="qet4")
+    core.add(make_request("a", list(range(5, 65)), 40))
+    began_early = 0
+    while core.has_work:
+        core.step()
+        began_early += core._ahead is not None
+        core.check_integrity()
+    assert began_early >= 37
 
 
 def test_random_weights_keep_the_size_of_activations():

@@ -9,7 +9,7 @@ from anybit.kvcache.codec.metadata import decode_linear, decode_log
 from anybit.kvcache.codec.packing import unpack_codes
 from anybit.kvcache.codec.pages import CoarseCodec, PairCodec
 from anybit.kvcache.formats import parse_format
-from anybit.kvcache.gpu_seal import gpu_records
+from anybit.kvcache.gpu_records import layer_records
 from anybit.kvcache.sealed import SealedPages
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +49,7 @@ def seal(name, pool, slots, page_ids, first_slots=NONE, first_page_ids=NONE):
     for pages in layers.values():
         for records in (pages.keys, pages.values):
             records.fill_(UNTOUCHED)
-    records = gpu_records(layers)
+    records = layer_records(layers)
     assert records is not None
     on_gpu = pool.cuda()
     places = (ids.cuda() for ids in (slots, page_ids, first_slots, first_page_ids))

@@ -17,7 +17,12 @@ from anybit.kvcache.sealed import SealedPages
 
 pytestmark = pytest.mark.gpu
 
-SETTINGS = [AttentionSettings(0.1), AttentionSettings(0.1, window=150), AttentionSettings(0.2, softcap=5.0)]
+SETTINGS = [
+    AttentionSettings(0.1),
+    AttentionSettings(0.1, window=150),
+    AttentionSettings(0.1, window=7),
+    AttentionSettings(0.2, softcap=5.0),
+]
 HEADS = [(9, 3, 64), (32, 8, 128), (4, 1, 256), (24, 2, 64)]
 FORMATS = ["qet4", "qet3", "qet2", "qet2+2", "qet4/qet2"]
 

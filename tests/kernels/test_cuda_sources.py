@@ -86,8 +86,15 @@ def test_the_rest_compiles(architecture):
             }
             assert compile_source("norm", architecture, defines).startswith(ELF)
         for head_dim, page_value in [(64, 2), (256, 0)]:
-            defines = {"HEAD_DIM": head_dim, "VALUE": value, "PAGE_VALUE": page_value, "HAS_NORM": 1}
-            assert compile_source("rotate", architecture, defines).startswith(ELF)
+            for has_bases in (0, 1):
+                defines = {
+                    "HEAD_DIM": head_dim,
+                    "VALUE": value,
+                    "PAGE_VALUE": page_value,
+                    "HAS_NORM": 1,
+                    "HAS_BASES": has_bases,
+                }
+                assert compile_source("rotate", architecture, defines).startswith(ELF)
         for bit_width in BIT_WIDTHS:
             defines = {"GROUP": group_size, "BITS": bit_width}
             assert compile_source("embedding", architecture, defines).startswith(ELF)

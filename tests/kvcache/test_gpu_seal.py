@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anybit.kernels.attention_inputs import ExactPages
-from anybit.kvcache.gpu_seal import gpu_records
+from anybit.kvcache.gpu_records import layer_records
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.sealed_pool import SealedPool, Seals
@@ -70,4 +70,4 @@ def test_own_pages_that_the_kernel_does_not_read_are_sealed_too():
 
 @pytest.mark.parametrize("name", ["qet4", "uniform8"])
 def test_a_cpu_has_no_records_for_the_kernel(name):
-    assert gpu_records({0: SealedPages(KVSpec(1, 1, 64, name).kv_format(0), 1, 1, 64)}) is None
+    assert layer_records({0: SealedPages(KVSpec(1, 1, 64, name).kv_format(0), 1, 1, 64)}) is None

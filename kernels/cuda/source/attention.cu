@@ -22,7 +22,7 @@ attend_splits(Problem problem, int splits) {
     const int position = (int)problem.positions[sequence];
     const int begin = max(split * kSplitPages, first_page(problem, position));
     const int end = min((split + 1) * kSplitPages, position / kPage + 1);
-    if (begin >= end) {
+    if (position < 0 || begin >= end) {
         wait_for_inputs();
         return;
     }
@@ -105,7 +105,7 @@ merge_rows(Problem problem, int splits, int sequences) {
     wait_for_inputs();
     const int sequence = blockIdx.y * kTokens + threadIdx.x / 32, columns = problem.heads * HEAD_DIM;
     const int first = blockIdx.x * kColumns + 4 * (threadIdx.x & 31);
-    if (sequence >= sequences || first >= columns) return;
+    if (sequence >= sequences || first >= columns || problem.positions[sequence] < 0) return;
     float value[4];
     merge_splits(problem, splits, sequence, first, value);
 #pragma unroll

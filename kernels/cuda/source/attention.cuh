@@ -34,7 +34,7 @@ struct Problem {
     const __nv_bfloat16* keys;  // [pages, kv heads, kPage, HEAD_DIM]
     const __nv_bfloat16* values;
     const long long* tables;     // [sequences, pages of a table]
-    const long long* positions;  // [sequences, tokens]
+    const long long* positions;  // [sequences, tokens]; negative where a sequence's only token is to be left alone
     Value* out;                  // as q
     float* partial;              // [sequences, heads, splits, HEAD_DIM], of one token a sequence
     float2* partial_norm;        // [sequences, heads, splits]: largest score in base 2, sum of weights

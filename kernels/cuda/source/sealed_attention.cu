@@ -584,7 +584,8 @@ merge_sealed(SealedProblem problem, int splits) {
     __shared__ float sums[HEAD_DIM];
     launch_dependents();
     wait_for_inputs();
-    const int sequence = blockIdx.y, position = (int)problem.positions[sequence], sealed_pages = position / kPage;
+    const int sequence = blockIdx.y, position = (int)problem.positions[sequence];
+    const int own_page = position / kPage, oldest_page = oldest_seen(problem, position) / kPage;
     if (position < 0) return;
     const size_t row = (size_t)sequence * problem.heads + blockIdx.x;
     const float* partial = problem.partial + row * splits * HEAD_DIM + threadIdx.x;
@@ -592,7 +593,7 @@ merge_sealed(SealedProblem problem, int splits) {
     Merged all;
     float sum = 0.f;
 #pragma unroll 16
-    for (int split = oldest_seen(problem, position) / kPage / kSealedSplit; split * kSealedSplit < sealed_pages; ++split)
+    for (int split = oldest_page / kSealedSplit; max(split * kSealedSplit, oldest_page) < own_page; ++split)
         sum = merged(sum, partial[split * HEAD_DIM], all.add(norms[split].x, norms[split].y));
     sum = merged(sum, partial[(splits - 1) * HEAD_DIM], all.add(norms[splits - 1].x, norms[splits - 1].y));
     sums[threadIdx.x] = __fdiv_rn(sum, all.norm);
