@@ -10,6 +10,7 @@ import torch
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.core import EngineCore
 from anybit.engine.decode_graphs import DecodeGraphs
+from anybit.engine.device_memory import DeviceMemory
 from anybit.engine.kv.cache import build_cache
 from anybit.engine.kv.sealed_setup import set_up_sealed
 from anybit.engine.machine import (
@@ -92,6 +93,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
             {width: float_part_bytes(linear_entries(manifest), width) for width in bit_widths},
             head_bytes=bytes_read(vocabulary_entries(manifest)[-1:], config.lm_head_bits),
         ),
+        DeviceMemory(device, sum(loader.resident_bytes.values())),
     )
     info = ModelInfo(
         name=config.model_name,

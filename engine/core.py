@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence as ReadOnly
 
 from anybit.engine.chunk import Chunk
+from anybit.engine.device_memory import DeviceMemory
 from anybit.engine.errors import CapacityError
 from anybit.engine.runner import LaunchedStep, Runner, SampledToken, StepOutput
 from anybit.engine.scheduler import Scheduler
@@ -21,11 +22,19 @@ _MAX_STEP_RECORDS = 4096
 class EngineCore:
     """One model, its cache and its requests."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, max_model_len: int, traffic: WeightTraffic) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        max_model_len: int,
+        traffic: WeightTraffic,
+        memory: DeviceMemory | None = None,
+    ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._max_model_len = max_model_len
         self._traffic = traffic
+        self._memory = memory
         self._steps = 0
         self._step_tokens: list[int] = []
         self._ahead: LaunchedStep | None = None  # begun before the step before it was taken in
@@ -114,7 +123,7 @@ class EngineCore:
     def take_stats(self, resident_bytes: int = 0) -> EngineStats:
         """A snapshot; the step records start anew."""
         step_tokens, self._step_tokens = self._step_tokens, []
-        books, counters = self._scheduler.books, self._scheduler.counters
+        books, counters, memory = self._scheduler.books, self._scheduler.counters, self._memory
         return EngineStats(
             running=self._scheduler.running_by_width(),
             waiting=self._scheduler.waiting_by_width(),
@@ -133,6 +142,8 @@ class EngineCore:
             weight_bytes_read=self._traffic.bytes_read,
             kernel_fallbacks=fallbacks.snapshot(),
             resident_bytes=resident_bytes,
+            device_memory={} if memory is None else memory.held_bytes(books),
+            device_free_bytes=0 if memory is None else memory.free_bytes(),
         )
 
     def _check(self, request: GenerationRequest) -> None:

@@ -6,6 +6,7 @@ import struct
 import msgspec
 
 from anybit.engine.config import EngineConfig
+from anybit.engine.logs import LogSettings
 from anybit.engine.types import EngineStats, GenerationRequest, ModelInfo, TokenEvent
 
 FRAME_HEADER = struct.Struct("<I")
@@ -15,7 +16,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """First message to the engine."""
 
     config: EngineConfig
-    log_level: str = "INFO"
+    logs: LogSettings = LogSettings()
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

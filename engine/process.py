@@ -12,6 +12,7 @@ import time
 from anybit.engine.assemble import assemble
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError
+from anybit.engine.logs import configure_logging
 from anybit.engine.machine import resident_bytes
 from anybit.engine.messages import (
     Abort,
@@ -40,7 +41,7 @@ def main(file_descriptor: int) -> int:
     start = channel.receive()
     if not isinstance(start, Start):
         return 1
-    logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(start.logs)
     try:
         core, info = assemble(start.config)
     except AnyBitError as error:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 from anybit.engine.config import EngineConfig
 from anybit.engine.errors import AnyBitError, EngineDrainingError, EngineLoadingError, EngineLostError
+from anybit.engine.logs import DEFAULT_LOGS, LogSettings
 from anybit.engine.messages import (
     FRAME_HEADER,
     Abort,
@@ -49,11 +50,11 @@ class ProcessEngine:
     The engine ends when this process does, however it ends: the kernel closes the pair.
     """
 
-    def __init__(self, config: EngineConfig, stall_seconds: float = 60.0, log_level: str = "INFO") -> None:
+    def __init__(self, config: EngineConfig, stall_seconds: float = 60.0, logs: LogSettings = DEFAULT_LOGS) -> None:
         config.check()
         self._config = config
         self._stall_seconds = stall_seconds
-        self._log_level = log_level
+        self._logs = logs
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -86,7 +87,7 @@ class ProcessEngine:
         self._ready = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._reading = asyncio.create_task(self._read(reader))
-        self._send(Start(self._config, self._log_level))
+        self._send(Start(self._config, self._logs))
 
     async def wait_ready(self) -> ModelInfo:
         if self._ready is None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from anybit.engine.client import EngineClient
@@ -63,7 +63,9 @@ class ReplaceableEngine:
             await engine.abort(request_id)
 
     def stats(self) -> EngineStats:
-        return _sum([self._past, *(engine.stats() for engine in self._engines)])
+        stats = _sum([self._past, *(engine.stats() for engine in self._engines)])
+        # They share one device.
+        return replace(stats, device_free_bytes=self._current.stats().device_free_bytes)
 
     def take_step_tokens(self) -> list[int]:
         taken, self._past_step_tokens = self._past_step_tokens, []

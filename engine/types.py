@@ -157,6 +157,8 @@ class EngineStats:
     weight_bytes_read: dict[int, int] = field(default_factory=dict)  # bit-width -> bytes since start
     kernel_fallbacks: dict[str, int] = field(default_factory=dict)  # "kernel:reason" -> calls since start
     resident_bytes: int = 0  # resident set size of the engine process
+    device_memory: dict[str, int] = field(default_factory=dict)  # kind -> bytes that the engine holds of its device
+    device_free_bytes: int = 0  # that nobody holds
 
 
 class EngineState(StrEnum):

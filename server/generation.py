@@ -14,7 +14,7 @@ from anybit.server.admission import Ticket
 from anybit.server.detokenizer import Detokenizer
 from anybit.server.errors import Rejection, ServerFaultError, UnavailableError
 from anybit.server.logprobs import ReportedToken, report_tokens
-from anybit.server.metrics import Outcome, WidthMetrics
+from anybit.server.metrics.sequences import Outcome, WidthMetrics
 from anybit.server.tokenizer import PromptTokenizer
 
 logger = logging.getLogger("anybit.server")

@@ -15,6 +15,7 @@ import uvicorn
 from anybit.engine.client import EngineClient
 from anybit.engine.config import EngineConfig
 from anybit.engine.errors import AnyBitError
+from anybit.engine.logs import DEFAULT_LOGS, LogSettings
 from anybit.engine.process_client import ProcessEngine
 from anybit.engine.replaceable_engine import ReplaceableEngine
 from anybit.engine.types import ModelInfo
@@ -58,7 +59,7 @@ class DrainingServer(uvicorn.Server):
 async def run_server(
     engine_config: EngineConfig,
     server_config: ServerConfig,
-    log_level: str = "INFO",
+    logs: LogSettings = DEFAULT_LOGS,
     on_ready: Callable[[ModelInfo, str], None] = lambda model, url: None,
     plan: UpgradePlan | None = None,
 ) -> None:
@@ -71,7 +72,7 @@ async def run_server(
 
     async def start_engine(checkpoint: Path) -> EngineClient:
         config = replace(engine_config, checkpoint=checkpoint.as_posix())
-        started = ProcessEngine(config, server_config.stall_seconds, log_level)
+        started = ProcessEngine(config, server_config.stall_seconds, logs)
         await started.start()
         return started
 

@@ -15,7 +15,7 @@ from anybit.server.admission import Admission
 from anybit.server.chat_template import ChatTemplate, load_chat_template
 from anybit.server.config import ServerConfig
 from anybit.server.errors import Rejection, UnavailableError
-from anybit.server.metrics import Metrics
+from anybit.server.metrics.exposition import Metrics
 from anybit.server.tokenizer import PromptTokenizer, load_tokenizer
 from anybit.server.upgrade import Upgrade
 

@@ -20,7 +20,7 @@ from anybit.engine.errors import AnyBitError
 from anybit.server.errors import APIError, Rejection, RequestTimeoutError, to_api_error, unexpected_error
 from anybit.server.generation import Generation, Piece
 from anybit.server.logprobs import ReportedToken, chat_logprobs, completion_logprobs
-from anybit.server.metrics import Outcome
+from anybit.server.metrics.sequences import Outcome
 from anybit.server.token_text import TokenTexts
 
 logger = logging.getLogger("anybit.server")

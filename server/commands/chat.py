@@ -11,6 +11,7 @@ from rich.console import Console
 
 from anybit.engine.config import DEFAULT_METHOD, EngineConfig
 from anybit.engine.errors import AnyBitError
+from anybit.engine.logs import LogSettings
 from anybit.engine.precision import Precision
 from anybit.engine.process_client import ProcessEngine
 from anybit.engine.types import GenerationRequest, ModelInfo, SamplingParams
@@ -59,7 +60,7 @@ async def _converse(config: EngineConfig, temperature: float, max_tokens: int) -
     from anybit.server.tokenizer import load_tokenizer  # noqa: PLC0415
 
     console = Console(highlight=False)
-    engine = ProcessEngine(config, log_level="WARNING")
+    engine = ProcessEngine(config, logs=LogSettings("WARNING"))
     await engine.start()
     try:
         tokenizer = load_tokenizer(Path(config.checkpoint))

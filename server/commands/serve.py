@@ -1,7 +1,6 @@
 """`anybit serve`: an OpenAI-compatible server over one nested checkpoint."""
 
 import asyncio
-import logging
 import os
 from dataclasses import replace
 from typing import Annotated
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 
 from anybit.engine.config import DEFAULT_METHOD, QUICK_METHOD, EngineConfig
+from anybit.engine.logs import LOG_FORMATS, LogSettings, configure_logging
 from anybit.engine.types import ModelInfo
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
@@ -78,6 +78,9 @@ def serve(
         ),
     ] = False,
     log_level: Annotated[str, typer.Option(metavar="DEBUG|INFO|WARNING", help="How much to log.")] = "INFO",
+    log_format: Annotated[
+        str, typer.Option(metavar="text|json", help="Log lines for people, or one JSON object per line.")
+    ] = "text",
 ) -> None:
     """Serve a model at any bit-width. Without MODEL: the demo model, downloaded and quantized on first use.
 
@@ -87,6 +90,8 @@ def serve(
     bit_widths = parse_bit_widths(widths)
     if log_level.upper() not in ("DEBUG", "INFO", "WARNING"):
         raise typer.BadParameter(f"{log_level!r} is not one of DEBUG, INFO, WARNING.")
+    if log_format not in LOG_FORMATS:
+        raise typer.BadParameter(f"{log_format!r} is not one of {', '.join(LOG_FORMATS)}.")
     engine_config = EngineConfig(
         checkpoint="",
         model_name="",
@@ -119,15 +124,15 @@ def serve(
     engine_config = replace(
         engine_config, checkpoint=resolved.checkpoint.as_posix(), model_name=server_config.model_name
     )
-    _run(engine_config, server_config, log_level.upper(), plan)
+    _run(engine_config, server_config, LogSettings(log_level.upper(), log_format), plan)
 
 
-def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str, plan: UpgradePlan | None) -> None:
+def _run(engine_config: EngineConfig, server_config: ServerConfig, logs: LogSettings, plan: UpgradePlan | None) -> None:
     # The web stack takes a third of a second to import: not for --help, not before a sentence about a wrong option.
     from anybit.server.launch import run_server  # noqa: PLC0415
 
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(run_server(engine_config, server_config, log_level, _announce, plan))
+    configure_logging(logs)
+    asyncio.run(run_server(engine_config, server_config, logs, _announce, plan))
 
 
 def _announce(model: ModelInfo, url: str) -> None:

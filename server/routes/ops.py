@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from anybit.engine.types import EngineState
-from anybit.server.metrics import CONTENT_TYPE
+from anybit.server.metrics.exposition import CONTENT_TYPE
 from anybit.server.openapi import error_responses
 from anybit.server.protocol.common import Status, VersionInfo
 from anybit.server.service import service_of

@@ -17,6 +17,7 @@ import httpx
 import uvicorn
 
 from anybit.engine.config import EngineConfig
+from anybit.engine.logs import LogSettings
 from anybit.engine.precision import Precision
 from anybit.engine.process_client import ProcessEngine
 from anybit.engine.types import GenerationRequest, SamplingParams
@@ -46,7 +47,7 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
     resolved = resolve_model(None, "rtn", None, (2, 3, 4, 6, 8))
     if not resolved.is_prepared:
         raise SystemExit("Run `anybit inspect` first; it prepares the demo model.")
-    engine = ProcessEngine(EngineConfig(str(resolved.checkpoint), resolved.name), log_level="WARNING")
+    engine = ProcessEngine(EngineConfig(str(resolved.checkpoint), resolved.name), logs=LogSettings("WARNING"))
     await engine.start()
     app = build_app(engine, ServerConfig(resolved.name, resolved.checkpoint, port=0))
     server = uvicorn.Server(uvicorn.Config(app, port=options.port, log_level="warning", access_log=False))

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from anybit.engine.config import EngineConfig
+from anybit.engine.logs import LogSettings
 from anybit.engine.messages import (
     FRAME_HEADER,
     Abort,
@@ -59,7 +60,7 @@ INFO = ModelInfo(
     load_seconds=1.5,
 )
 TO_ENGINE = [
-    Start(EngineConfig("/path", "name", bit_widths=(2, 4), kv_cache_bytes=1 << 40), "DEBUG"),
+    Start(EngineConfig("/path", "name", bit_widths=(2, 4), kv_cache_bytes=1 << 40), LogSettings("DEBUG", "json")),
     Generate(REQUEST),
     Abort("id-ä"),
     AbortAll(),

@@ -13,6 +13,7 @@ import pytest
 
 from anybit.engine.config import ConfigError, EngineConfig
 from anybit.engine.errors import AnyBitError, EngineDrainingError, EngineLoadingError, EngineLostError
+from anybit.engine.logs import LogSettings
 from anybit.engine.process_client import ProcessEngine
 from anybit.engine.types import EngineState, FinishReason
 from anybit.engine.weights.checkpoint import CheckpointReader
@@ -56,7 +57,7 @@ def start(loop, tiny_checkpoint):
     engines = []
 
     async def started(checkpoint, **settings) -> ProcessEngine:
-        engine = ProcessEngine(engine_config(checkpoint), log_level="ERROR", **settings)
+        engine = ProcessEngine(engine_config(checkpoint), logs=LogSettings("ERROR"), **settings)
         engines.append(engine)
         await engine.start()
         return engine
@@ -69,7 +70,7 @@ def start(loop, tiny_checkpoint):
 @pytest.fixture(scope="module")
 def engine(loop, tiny_checkpoint):
     """One engine for all tests that leave it as they found it."""
-    engine = ProcessEngine(engine_config(tiny_checkpoint), log_level="ERROR")
+    engine = ProcessEngine(engine_config(tiny_checkpoint), logs=LogSettings("ERROR"))
     loop.run(engine.start())
     loop.run(engine.wait_ready())
     yield engine

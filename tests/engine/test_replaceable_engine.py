@@ -174,3 +174,15 @@ def test_retire_without_a_handover_does_nothing(loop: asyncio.Runner) -> None:
     old = make_engine("rtn")
     loop.run(ReplaceableEngine(old).retire(10))
     assert old.state is EngineState.READY
+
+
+def test_memory_of_two_engines_adds_up_but_what_is_free_is_free_once(loop: asyncio.Runner) -> None:
+    old, new = make_engine("rtn"), make_engine("best")
+    old.snapshot = EngineStats(device_memory={"weights": 100, "workspace": 5}, device_free_bytes=900)
+    new.snapshot = EngineStats(device_memory={"weights": 120, "workspace": 0}, device_free_bytes=880)
+    engine = ReplaceableEngine(old)
+    engine.hand_over(new)
+    assert engine.stats().device_memory == {"weights": 220, "workspace": 5}
+    assert engine.stats().device_free_bytes == 880
+    loop.run(engine.retire(1))
+    assert engine.stats().device_memory == {"weights": 120, "workspace": 0}

@@ -37,6 +37,7 @@ OTHERS = {
     "anybit_weights_bytes": "gauge",
     "anybit_engine_last_step_timestamp_seconds": "gauge",
     "anybit_engine_resident_bytes": "gauge",
+    "anybit_device_memory_bytes": "gauge",
     "anybit_kernel_fallbacks": "counter",
     "anybit_rejections": "counter",
     "anybit_prefix_cache_queried_tokens": "counter",
@@ -103,6 +104,8 @@ def test_engine_snapshot_is_shown(start):
         weight_bytes_read={2: 2000, 4: 4000},
         kernel_fallbacks={"linear_decode:odd_shape:really": 5},
         resident_bytes=123456,
+        device_memory={"weights": 800, "kv_cache": 50, "workspace": 7},
+        device_free_bytes=9000,
     )
     engine.silent_seconds = 2.0
     begun = time.time()
@@ -125,6 +128,9 @@ def test_engine_snapshot_is_shown(start):
     assert server.metric("anybit_weight_bytes_read_total", bit_width="4") == 4000
     assert server.metric("anybit_kernel_fallbacks_total", kernel="linear_decode", reason="odd_shape:really") == 5
     assert server.metric("anybit_engine_resident_bytes") == 123456
+    assert server.metric("anybit_device_memory_bytes", kind="weights") == 800
+    assert server.metric("anybit_device_memory_bytes", kind="workspace") == 7
+    assert server.metric("anybit_device_memory_bytes", kind="free") == 9000
     assert server.metric("anybit_weights_bytes", kind="embedding") == 2000
     assert server.metric("anybit_weights_equivalent_bytes", bit_width="3") == 3600
     assert server.metric("anybit_model_info", bit_width="3", effective_bits="3.25", kv_format="bf16") == 1

@@ -1,0 +1,1 @@
+"""Everything that /metrics shows; the only package that knows Prometheus."""
