@@ -10,6 +10,7 @@ from anybit.engine.errors import CapacityError
 from anybit.engine.runner import LaunchedStep, Runner, SampledToken, StepOutput
 from anybit.engine.scheduler import Scheduler
 from anybit.engine.sequence import Sequence
+from anybit.engine.step_inputs import StepShape
 from anybit.engine.types import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from anybit.engine.weight_traffic import WeightTraffic
 from anybit.kernels import fallbacks
@@ -111,6 +112,19 @@ class EngineCore:
         alive = [chunk.sequence for chunk in chunks if chunk.sequence in running]
         logger.exception("A step of %d sequences failed; they end with an error.", len(alive))
         return [self._fail(sequence, "The model failed on this batch; see the server's log.") for sequence in alive]
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether decode steps are captured as graphs."""
+        return self._runner.captures_steps
+
+    def capture(self, shape: StepShape) -> bool:
+        """Capture a decode step before one is needed; whether that was done. Not while there is work."""
+        return self._runner.capture(shape)
+
+    def apart(self) -> "EngineCore":
+        """Another core over the same model and pages: its steps are not counted and nobody finds its pages."""
+        return EngineCore(self._runner, self._scheduler.apart(), self._max_model_len, self._traffic.from_zero())
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()

@@ -1,9 +1,9 @@
 """Steps of one token a sequence on a GPU, captured as CUDA graphs: a step is one launch, whatever the number of layers.
 
 A graph's shape is a padded number of rows, the sets of their bit-widths and KV formats and a padded number of pages; it is
-captured when a step first needs it. Where widths or formats meet, which rows have which is an input. Rows that pad write to
-the pool's scratch page. All graphs read the same weights and pages, so a new width or batch size moves nothing. Pages that a
-step has filled are sealed behind its graph.
+captured when a step first needs it, or before (`engine.warm_up`). Where widths or formats meet, which rows have which is an
+input. Rows that pad write to the pool's scratch page. All graphs read the same weights and pages, so a new width or batch
+size moves nothing. Pages that a step has filled are sealed behind its graph.
 """
 
 from collections.abc import Iterable
@@ -29,9 +29,10 @@ from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kernels.widths import MIXED_ROWS
 from anybit.kvcache.pool import KVPool
 
-_MAX_ROWS = 256
+MAX_ROWS = 256
 _FEWEST_PAGES, _MORE_PAGES = 8, 4  # tables have 8, 32, 128, ... pages
-_MAX_SHAPES = 64
+MAX_SHAPES = 64
+_SPARE_MEMORY = 0.05  # share of a GPU's memory that captures ahead of time leave free
 _WARM_UP_RUNS = 2  # kernels are compiled and loaded before the capture
 
 
@@ -71,7 +72,7 @@ class DecodeGraphs:
         self._decoder = decoder
         self._pool = pool
         self._memory = torch.cuda.graph_pool_handle()
-        most_rows = padded_rows(_MAX_ROWS + MIXED_ROWS * len(BIT_WIDTHS))
+        most_rows = padded_rows(MAX_ROWS + MIXED_ROWS * len(BIT_WIDTHS))
         self._logits = torch.empty(most_rows, decoder.config.vocab_size, device=decoder.device)
         self._steps: dict[StepShape, _CapturedStep] = {}  # the least recently used first
 
@@ -82,7 +83,7 @@ class DecodeGraphs:
 
     def covers(self, chunks: ReadOnly[Chunk]) -> bool:
         """Whether these chunks are a decode step: the newest token of each sequence, and no token of a prompt to score."""
-        return len(chunks) <= _MAX_ROWS and all(
+        return len(chunks) <= MAX_ROWS and all(
             chunk.num_tokens == 1 and chunk.completes and not chunk.sequence.has_unscored_prompt for chunk in chunks
         )
 
@@ -107,10 +108,27 @@ class DecodeGraphs:
         shape = replace(step.shape, table_pages=_table_pages(step.sequences))
         return self._captured(shape).launch(step.sequences, step.rows, step.tokens)
 
+    def capture(self, shape: StepShape) -> bool:
+        """Capture a shape that no step needs yet, if it is not there and there is room for it; whether that was done.
+
+        It is forgotten before all that steps did need. No sequence's pages are read or written, but logits that a step has
+        left are overwritten.
+        """
+        if shape in self._steps or len(self._steps) >= MAX_SHAPES or not self._has_memory():
+            return False
+        step = _CapturedStep(shape, self._decoder, self._pool, self._memory, self._logits)
+        self._steps = {shape: step, **self._steps}
+        return True
+
+    def _has_memory(self) -> bool:
+        torch.cuda.empty_cache()  # as a capture does
+        free, total = torch.cuda.mem_get_info(self._decoder.device)
+        return free >= total * _SPARE_MEMORY
+
     def _captured(self, shape: StepShape) -> "_CapturedStep":
         step = self._steps.pop(shape, None)
         if step is None:
-            if len(self._steps) == _MAX_SHAPES:
+            if len(self._steps) == MAX_SHAPES:
                 torch.cuda.synchronize()
                 del self._steps[next(iter(self._steps))]
             step = _CapturedStep(shape, self._decoder, self._pool, self._memory, self._logits)

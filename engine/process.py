@@ -27,11 +27,13 @@ from anybit.engine.messages import (
     ToEngine,
 )
 from anybit.engine.types import TokenEvent
+from anybit.engine.warm_up import WarmUp
 
 logger = logging.getLogger("anybit.engine")
 
 _HEARTBEAT_SECONDS = 0.25
 _IDLE_SECONDS = 1.0
+_QUIET_SECONDS = 0.1  # before each piece of the warm-up: whoever asks again at once waits for none
 
 
 def main(file_descriptor: int) -> int:
@@ -51,26 +53,30 @@ def main(file_descriptor: int) -> int:
         logger.exception("Loading failed.")
         channel.send(Failed(f"The engine could not load the model: {type(error).__name__}: {error}"))
         return 1
+    warm_up = WarmUp(core, info)
+    warm_up.before_serving()
     # What is loaded stays until the end: the collector need not look at it again and again between steps.
     gc.freeze()
     try:
         channel.send(Ready(info))
-        _serve(core, channel)
+        _serve(core, channel, warm_up)
     except (BrokenPipeError, ConnectionResetError):
         logger.info("The server is gone; the engine ends.")
     return 0
 
 
-def _serve(core: EngineCore, channel: EngineChannel) -> None:
+def _serve(core: EngineCore, channel: EngineChannel, warm_up: WarmUp) -> None:
     inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
     threading.Thread(target=_receive_all, args=(channel, inbox), daemon=True).start()
     last_heartbeat = 0.0
     was_busy = True
     while True:
-        events, connected = _handle(core, inbox, wait=not core.has_work)
+        idle_seconds = _QUIET_SECONDS if warm_up.has_more else _IDLE_SECONDS
+        events, connected = _handle(core, inbox, 0 if core.has_work else idle_seconds)
         if not connected:
             return
-        if core.has_work:
+        is_idle = not core.has_work
+        if not is_idle:
             events += core.step()
         elif was_busy:
             core.check_integrity()
@@ -81,6 +87,8 @@ def _serve(core: EngineCore, channel: EngineChannel) -> None:
             channel.send(Heartbeat(core.take_stats(resident_bytes())))
             last_heartbeat = now
         was_busy = core.has_work
+        if is_idle:
+            warm_up.capture_next()
 
 
 def _receive_all(channel: EngineChannel, inbox: "queue.SimpleQueue[ToEngine | None]") -> None:
@@ -92,11 +100,13 @@ def _receive_all(channel: EngineChannel, inbox: "queue.SimpleQueue[ToEngine | No
     inbox.put(None)
 
 
-def _handle(core: EngineCore, inbox: "queue.SimpleQueue[ToEngine | None]", wait: bool) -> tuple[list[TokenEvent], bool]:
-    """Apply every message that has arrived, waiting a while for one if `wait`; False when the server is gone."""
+def _handle(
+    core: EngineCore, inbox: "queue.SimpleQueue[ToEngine | None]", wait_seconds: float
+) -> tuple[list[TokenEvent], bool]:
+    """Apply every message that has arrived, waiting so long for a first one; False when the server is gone."""
     events: list[TokenEvent] = []
     try:
-        message = inbox.get(timeout=_IDLE_SECONDS) if wait else inbox.get_nowait()
+        message = inbox.get(timeout=wait_seconds) if wait_seconds else inbox.get_nowait()
         while True:
             match message:
                 case None:

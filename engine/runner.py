@@ -15,6 +15,7 @@ from anybit.engine.models.decoder import Decoder
 from anybit.engine.penalties import adjust_logits, changes_logits
 from anybit.engine.sampling import UNDECIDED, FoundTokens, is_drawn, sample
 from anybit.engine.sequence import Sequence
+from anybit.engine.step_inputs import StepShape
 from anybit.engine.types import SamplingParams, TokenLogprob
 from anybit.kvcache.pool import KVPool
 
@@ -67,6 +68,16 @@ class Runner:
     def seal_seconds(self) -> dict[str, float]:
         """By sealed format, the time that its pages took to be encoded."""
         return {name: sealed.clock.seconds for name, sealed in self._pool.sealed.items()}
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether decode steps are captured as graphs."""
+        return self._graphs is not None
+
+    @torch.inference_mode()
+    def capture(self, shape: StepShape) -> bool:
+        """`DecodeGraphs.capture`, while no step is under way; False where steps are not captured."""
+        return self._graphs is not None and self._graphs.capture(shape)
 
     @torch.inference_mode()
     def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedStep:

@@ -11,7 +11,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from anybit.engine.chunk import Chunk
@@ -54,6 +54,10 @@ class Scheduler:
         self._arrivals = count()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+
+    def apart(self) -> "Scheduler":
+        """Another one of the same pages, with no prefix cache and counters of its own."""
+        return Scheduler(self.books, replace(self._config, checkpoint_hash=None))
 
     @property
     def has_work(self) -> bool:

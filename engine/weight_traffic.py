@@ -17,6 +17,10 @@ class WeightTraffic:
         self._head_bytes = head_bytes
         self._read: Counter[int] = Counter()
 
+    def from_zero(self) -> "WeightTraffic":
+        """The same sizes, with nothing counted."""
+        return WeightTraffic(self._linear_bytes, self._part_bytes, self._head_bytes)
+
     @property
     def bit_widths(self) -> frozenset[int]:
         return frozenset(self._linear_bytes)
