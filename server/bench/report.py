@@ -88,13 +88,13 @@ def _sum_known(counts: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def report_table(report: dict[str, Any]) -> Table:
+def report_table(report: dict[str, Any], title: str) -> Table:
     """The rows of a report for a terminal."""
     columns = ["bits", "req/s", "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "failed"]
     with_goodput = any(row["goodput_requests_per_second"] is not None for row in report["rows"])
     if with_goodput:
         columns.insert(3, "good req/s")
-    table = Table(*columns, title=f"{report['model']} at {report['base_url']}, times in ms")
+    table = Table(*columns, title=title)
     for row in report["rows"]:
         cells = [
             "default" if row["bit_width"] is None else str(row["bit_width"]),

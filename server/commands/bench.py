@@ -11,7 +11,7 @@ from rich.table import Table
 from anybit.engine.bench.model_shapes import MODELS
 from anybit.engine.config import DEFAULT_METHOD, EngineConfig
 from anybit.engine.weights.resolve import resolve_model
-from anybit.server.commands import bench_kernels, bench_kv, bench_serve
+from anybit.server.commands import bench_kernels, bench_kv, bench_offline, bench_serve
 from anybit.server.commands.options import (
     DeviceOption,
     GroupSizeOption,
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.command("kernels")(bench_kernels.kernels)
 app.command("kv")(bench_kv.kv)
+app.command("offline")(bench_offline.offline)
 app.command("serve")(bench_serve.serve)
 
 

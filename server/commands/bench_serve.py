@@ -93,7 +93,7 @@ def serve(
                 url, parse_api_key(api_key), model, settings, lambda done, total: progress.update("bench", done, total)
             )
         )
-    Console().print(report_table(report))
+    Console().print(report_table(report, f"{report['model']} at {report['base_url']}, times in ms"))
     _print_notes(report)
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1))

@@ -187,6 +187,24 @@ def test_bench_decode_measures_every_kv_format(tiny_checkpoint: Path, cache: Pat
     assert [row["kv_format"] for row in json.loads(out.read_text())["rows"]] == ["bf16", "qet4"]
 
 
+def test_bench_offline_json_has_the_rows_of_bench_serve(tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "offline.json"
+    result = run_anybit(
+        "bench", "offline", tiny_checkpoint, "--bit-width", "2,8", "--concurrency", "2", "--requests", "3",
+        "--prompt-tokens", "8", "--max-tokens", "4", "--threads", "1", "--json", out, cache=cache,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "without HTTP" in result.stdout
+    report = json.loads(out.read_text())
+    assert {"model", "device", "versions", "settings", "rows"} <= report.keys()
+    assert report["settings"]["concurrency"] == 2
+    assert [(row["bit_width"], row["completed"], row["generated_tokens"]) for row in report["rows"]] == [
+        (2, 3, 12),
+        (8, 3, 12),
+    ]
+    assert {"seconds", "tokens_per_second", "requests_per_second", "ttft_ms"} <= report["rows"][0].keys()
+
+
 def test_bench_kv_compares_formats_with_bf16(tiny_checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "kv.json"
     result = run_anybit(
