@@ -16,6 +16,7 @@ from anybit.server.middleware import request_info
 from anybit.server.planning import SequencePlanner
 from anybit.server.precision_request import BIT_WIDTH_HEADER, KV_FORMAT_HEADER, choose_model
 from anybit.server.protocol.common import GenerationFields
+from anybit.server.request_record import RequestOrigin
 from anybit.server.service import LoadedModel, service_of
 from anybit.server.streaming import AnswerHead, AnswerShape, GenerationResponse, StreamSettings
 from anybit.server.token_text import TokenTexts
@@ -40,6 +41,7 @@ class Endpoint(Generic[Body]):
     encode: Callable[[Body, LoadedModel], Awaitable[list[EncodedPrompt]]]
     shape: Callable[[TokenTexts], AnswerShape]
     id_prefix: str
+    operation: str  # as traces call it
     default_max_tokens: int | None  # None: all that fits into the context
     prompt_field: str
 
@@ -72,8 +74,7 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
             service.metrics.count_rejection(error.reason)
         raise
     generation = Generation(
-        request_id=info.id,
-        arrival=info.arrival,
+        origin=RequestOrigin(info.id, endpoint.operation, choice.name, info.arrival, _trace_headers(request)),
         deadline=info.arrival + service.config.request_timeout_seconds,
         engine=service.engine,
         tokenizer=model.tokenizer,
@@ -83,6 +84,8 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
         echoes=[prompt.echo for prompt in prompts],
         metrics=service.metrics.width(choice.precision.label),
         ticket=ticket,
+        observers=service.observers,
+        live_quality=service.live_quality,
     )
     head = AnswerHead(
         id=f"{endpoint.id_prefix}-{unique_id}",
@@ -93,6 +96,10 @@ async def answer(request: Request, endpoint: Endpoint[Body]) -> Response:
     )
     shape = endpoint.shape(model.tokenizer.texts)
     return GenerationResponse(generation, head, shape, _stream_settings(body), service.metrics.count_rejection)
+
+
+def _trace_headers(request: Request) -> dict[str, str]:
+    return {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
 
 
 def _stream_settings(body: GenerationFields) -> StreamSettings | None:

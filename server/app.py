@@ -45,6 +45,7 @@ def build_app(
             await asyncio.gather(loading, return_exceptions=True)
             if upgrade is not None:
                 await upgrade.stop()
+            await service.close()
             await engine.close()
 
     app = DescribedApp(

@@ -30,6 +30,8 @@ class ServerConfig:
     body_timeout_seconds: float = 60.0  # from the first header to the end of the request body
     drain_timeout_seconds: float = 30.0
     stall_seconds: float = 60.0  # an engine silent for longer counts as stalled
+    shadow_rate: float = 0.0  # share of answers that are scored again at the highest width
+    otlp_endpoint: str = ""  # base address of an OpenTelemetry collector; empty: no traces
 
     def __post_init__(self) -> None:
         _check_model_name(self.model_name)
@@ -45,6 +47,9 @@ class ServerConfig:
         _check_range("body_timeout_seconds", self.body_timeout_seconds, 0.001, 1e7)
         _check_range("drain_timeout_seconds", self.drain_timeout_seconds, 0, 1e7)
         _check_range("stall_seconds", self.stall_seconds, 0.001, 1e7)
+        _check_range("shadow_rate", self.shadow_rate, 0, 1)
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError("The address of an OpenTelemetry collector must begin with http:// or https://.")
 
 
 def _check_model_name(name: str) -> None:

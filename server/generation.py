@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from anybit.engine.client import EngineClient
@@ -13,8 +13,10 @@ from anybit.engine.types import FinishReason, GenerationRequest, TokenEvent, Tok
 from anybit.server.admission import Ticket
 from anybit.server.detokenizer import Detokenizer
 from anybit.server.errors import Rejection, ServerFaultError, UnavailableError
+from anybit.server.live_quality import LiveQuality
 from anybit.server.logprobs import ReportedToken, report_tokens
 from anybit.server.metrics.sequences import Outcome, WidthMetrics
+from anybit.server.request_record import RequestOrigin, RequestRecord, SequenceRecord
 from anybit.server.tokenizer import PromptTokenizer
 
 logger = logging.getLogger("anybit.server")
@@ -43,16 +45,29 @@ class _Sequence:
     num_characters: int = 0  # of the text behind the reported tokens
     num_cached_tokens: int = 0
     outcome: Outcome | None = None
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+    shadowed: list[int] | None = None  # token ids of an answer that will be scored again
+
+    def record(self, outcome: Outcome) -> SequenceRecord:
+        """What became of it; `outcome` if it came to no end of its own."""
+        return SequenceRecord(
+            self.outcome or outcome,
+            self.detokenizer.num_tokens,
+            self.queue_seconds,
+            self.prefill_seconds,
+            self.first_token_at,
+            self.last_token_at,
+        )
 
 
 @dataclass(slots=True)
 class Generation:
     """All sequences of one HTTP request; `close` must follow, whatever happened."""
 
-    request_id: str
-    arrival: float  # time.monotonic()
+    origin: RequestOrigin
     deadline: float  # time.monotonic()
     engine: EngineClient
     tokenizer: PromptTokenizer
@@ -62,6 +77,8 @@ class Generation:
     echoes: list[str]  # per prompt, text that stands before its answers
     metrics: WidthMetrics
     ticket: Ticket
+    observers: Sequence[Callable[[RequestRecord], None]]  # told at the end
+    live_quality: LiveQuality | None
     _sequences: list[_Sequence] = field(init=False)
     _closed: bool = field(init=False, default=False)
 
@@ -74,6 +91,9 @@ class Generation:
             )
             for index, request in enumerate(self.requests)
         ]
+        if self.live_quality is not None:
+            for sequence in self._sequences:
+                sequence.shadowed = [] if self.live_quality.wants(sequence.request) else None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -123,17 +143,20 @@ class Generation:
         for sequence in self._sequences:
             first, last = sequence.first_token_at, sequence.last_token_at
             decode_seconds = None if first is None or last is None else last - first
-            self.metrics.record_end(sequence.outcome or outcome, now - self.arrival, decode_seconds)
-        logger.info(
-            "request %s: width=%s choices=%d prompt_tokens=%d generated_tokens=%d outcome=%s seconds=%.3f",
-            self.request_id,
-            self.requests[0].precision.label,
-            len(self.requests),
-            self.num_prompt_tokens,
-            self.num_generated_tokens,
-            ",".join(sorted({sequence.outcome or outcome for sequence in self._sequences})),
-            now - self.arrival,
+            self.metrics.record_end(sequence.outcome or outcome, now - self.origin.arrival, decode_seconds)
+            if self.live_quality is not None and sequence.shadowed is not None and sequence.outcome is not None:
+                self.live_quality.offer(sequence.request, sequence.shadowed)
+        record = RequestRecord(
+            origin=self.origin,
+            bit_width=self.requests[0].precision.label,
+            kv_format=self.requests[0].kv_format or "",
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            end=now,
+            sequences=tuple(sequence.record(outcome) for sequence in self._sequences),
         )
+        for observe in self.observers:
+            observe(record)
 
     def _take(self, choice: int, event: TokenEvent) -> Piece | None:
         sequence = self._sequences[choice]
@@ -146,6 +169,8 @@ class Generation:
         self._record(choice, event, num_tokens)
         if not event.token_ids and event.finish_reason is None:
             return None  # a part of a long prompt was scored
+        if sequence.shadowed is not None:
+            sequence.shadowed += event.token_ids[:num_tokens]
         tokens = self._report(sequence, event.token_ids[:num_tokens], event.logprobs[:num_tokens])
         finish_reason = None
         if event.finish_reason is not None or detokenizer.stopped:
@@ -183,7 +208,7 @@ class Generation:
 
     def _check_end(self, event: TokenEvent) -> None:
         if event.finish_reason is FinishReason.ERROR:
-            logger.error("request %s: sequence %s failed: %s", self.request_id, event.request_id, event.error)
+            logger.error("request %s: sequence %s failed: %s", self.origin.request_id, event.request_id, event.error)
             raise ServerFaultError("The engine could not finish this request; try again.")
         if event.finish_reason is FinishReason.ABORT:
             # Not asked for here, so the engine is giving up what it has.
@@ -194,6 +219,8 @@ class Generation:
         sequence = self._sequences[choice]
         self.ticket.started(choice)
         self.metrics.record_scheduled(event.queue_seconds, event.prefill_seconds)
+        if event.prefill_seconds is not None:
+            sequence.queue_seconds, sequence.prefill_seconds = event.queue_seconds, event.prefill_seconds
         sequence.num_cached_tokens += event.num_cached_tokens or 0
         if num_tokens == 0:
             return
@@ -201,7 +228,7 @@ class Generation:
         if sequence.last_token_at is None:
             sequence.first_token_at = now
             num_prompt_tokens = len(sequence.request.prompt_token_ids)
-            self.metrics.record_first_tokens(num_prompt_tokens, num_tokens, now - self.arrival)
+            self.metrics.record_first_tokens(num_prompt_tokens, num_tokens, now - self.origin.arrival)
         else:
             self.metrics.record_next_tokens(num_tokens, now - sequence.last_token_at)
         sequence.last_token_at = now

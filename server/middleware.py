@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from anybit.engine.logs import current_request_id
 from anybit.server.errors import BodyTooLargeError, InvalidRequestError, Rejection, send_error, unexpected_error
 
 logger = logging.getLogger("anybit.server")
@@ -53,6 +54,7 @@ class RequestContextMiddleware:
         info = RequestInfo(_request_id(scope), time.monotonic())
         info.set_response_header("X-Request-Id", info.id)
         scope[_SCOPE_KEY] = info
+        current_request_id.set(info.id)
         started = False
 
         async def send_with_headers(message: Message) -> None:

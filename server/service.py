@@ -15,8 +15,11 @@ from anybit.server.admission import Admission
 from anybit.server.chat_template import ChatTemplate, load_chat_template
 from anybit.server.config import ServerConfig
 from anybit.server.errors import Rejection, UnavailableError
+from anybit.server.live_quality import LiveQuality
 from anybit.server.metrics.exposition import Metrics
+from anybit.server.request_record import log_request
 from anybit.server.tokenizer import PromptTokenizer, load_tokenizer
+from anybit.server.tracing import build_request_tracer
 from anybit.server.upgrade import Upgrade
 
 logger = logging.getLogger("anybit.server")
@@ -46,6 +49,11 @@ class Service:
         self.upgrade = upgrade
         self.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
         self.metrics = Metrics(config.model_name, engine, lambda: self.ready)
+        self.live_quality = (
+            LiveQuality(engine, config.shadow_rate, self.metrics.quality) if config.shadow_rate > 0 else None
+        )
+        self.tracer = build_request_tracer(config.otlp_endpoint) if config.otlp_endpoint else None
+        self.observers = [log_request] if self.tracer is None else [log_request, self.tracer.record]
         self.created = int(time.time())
         self._on_load_failure = on_load_failure
         self._model: LoadedModel | None = None
@@ -111,8 +119,17 @@ class Service:
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those accepted, as long as the configuration allows."""
+        if self.live_quality is not None:
+            await self.live_quality.stop()
         stopping = [] if self.upgrade is None else [self.upgrade.stop()]
         await asyncio.gather(self.engine.drain(self.config.drain_timeout_seconds), *stopping)
+
+    async def close(self) -> None:
+        """End what this server does beside answering."""
+        if self.live_quality is not None:
+            await self.live_quality.stop()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
 
 def service_of(request: Request) -> Service:

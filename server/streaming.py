@@ -157,7 +157,7 @@ class GenerationResponse(Response):
         except Exception:
             if not self._started:
                 raise
-            logger.exception("request %s: unexpected error in a stream", self._generation.request_id)
+            logger.exception("request %s: unexpected error in a stream", self._generation.origin.request_id)
             raise unexpected_error() from None
 
     async def _send_whole(self, send: Send) -> None:

@@ -78,6 +78,13 @@ def serve(
         ),
     ] = False,
     log_level: Annotated[str, typer.Option(metavar="DEBUG|INFO|WARNING", help="How much to log.")] = "INFO",
+    shadow_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers to score again at the highest width, for /metrics.")
+    ] = 0,
+    otlp_endpoint: Annotated[
+        str,
+        typer.Option(envvar="OTEL_EXPORTER_OTLP_ENDPOINT", help="Send traces to this OpenTelemetry collector (HTTP)."),
+    ] = "",
     log_format: Annotated[
         str, typer.Option(metavar="text|json", help="Log lines for people, or one JSON object per line.")
     ] = "text",
@@ -119,7 +126,14 @@ def serve(
     ensure_prepared(resolved, method, group_size, made_for)
     keys = tuple(api_key or [key for key in os.environ.get(API_KEYS_VARIABLE, "").split(",") if key])
     server_config = ServerConfig(
-        model_name or resolved.name, resolved.checkpoint, host, port, keys, max_queued_requests=max_queued_requests
+        model_name or resolved.name,
+        resolved.checkpoint,
+        host,
+        port,
+        keys,
+        max_queued_requests=max_queued_requests,
+        shadow_rate=shadow_rate,
+        otlp_endpoint=otlp_endpoint,
     )
     engine_config = replace(
         engine_config, checkpoint=resolved.checkpoint.as_posix(), model_name=server_config.model_name

@@ -8,6 +8,7 @@ from prometheus_client import generate_latest as render_registry
 from anybit.engine.client import EngineClient
 from anybit.server.errors import Rejection
 from anybit.server.metrics.engine_collector import EngineCollector
+from anybit.server.metrics.quality import QualityMetrics
 from anybit.server.metrics.sequences import Outcome, WidthMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -67,6 +68,7 @@ class Metrics:
             "request_prefill_seconds", "From the first schedule to the first token.", _DURATION_BUCKETS
         )
         self._decode = histogram("request_decode_seconds", "From the first token to the last.", _DURATION_BUCKETS)
+        self.quality = QualityMetrics(model_name, self._registry)
         for reason in Rejection:
             self._rejections.labels(model_name, reason)
         self._registry.register(EngineCollector(model_name, engine, is_ready))
@@ -98,6 +100,7 @@ class Metrics:
         if self._engine.model is not None:
             for bit_width in self._engine.model.bit_widths:
                 self.width(str(bit_width))
+                self.quality.create(str(bit_width))
         return render_registry(self._registry)
 
 

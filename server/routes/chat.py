@@ -38,6 +38,7 @@ _ENDPOINT = Endpoint(
     encode=encode_messages,
     shape=ChatShape,
     id_prefix="chatcmpl",
+    operation="chat",
     default_max_tokens=None,
     prompt_field="messages",
 )

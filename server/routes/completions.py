@@ -32,6 +32,7 @@ _ENDPOINT = Endpoint(
     encode=encode_prompts,
     shape=CompletionShape,
     id_prefix="cmpl",
+    operation="text_completion",
     default_max_tokens=DEFAULT_MAX_TOKENS,
     prompt_field="prompt",
 )

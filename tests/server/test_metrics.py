@@ -23,6 +23,10 @@ PER_WIDTH = {
     "anybit_request_queue_seconds": "histogram",
     "anybit_request_prefill_seconds": "histogram",
     "anybit_request_decode_seconds": "histogram",
+    "anybit_shadow_requests": "counter",
+    "anybit_shadow_tokens": "counter",
+    "anybit_shadow_kl_nats": "counter",
+    "anybit_shadow_top1_agreements": "counter",
 }
 OTHERS = {
     "anybit_build_info": "gauge",
