@@ -1,11 +1,13 @@
 """/metrics: text that Prometheus can read, every promised name, values that follow what happened."""
 
+import subprocess
 import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from anybit.engine.types import EngineStats
+from tests.fixtures.programs import require_program
 from tests.server.fake_engine import WIDTHS, FakeEngine
 
 PER_WIDTH = {
@@ -193,3 +195,12 @@ def test_two_servers_do_not_share_series(start):
     first, second = start(FakeEngine()), start(FakeEngine())
     first.complete()
     assert second.metric("anybit_requests_total", outcome="length", bit_width="4") == 0
+
+
+def test_prometheus_finds_nothing_to_say_about_the_names(start):
+    server = start(FakeEngine())
+    server.complete()
+    promtool = require_program("promtool", "prometheus")
+    text = server.http.get("/metrics").text
+    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
