@@ -32,8 +32,10 @@ API_KEYS_VARIABLE = "ANYBIT_API_KEYS"
 
 def serve(
     model: ModelArgument = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(envvar="ANYBIT_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar="ANYBIT_PORT", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     default_bit_width: Annotated[int, typer.Option(help="Bits for requests that name no width.")] = 4,
     widths: Annotated[str, typer.Option(help="Widths to serve; only their bits are loaded.")] = "2,3,4,6,8",
     kv_format: Annotated[

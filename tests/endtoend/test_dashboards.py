@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.endtoend.command import ServeCommand
-from tests.fixtures.grafana import build, queries, render
+from tests.fixtures.grafana import build_dashboards, queries, render
 from tests.fixtures.prometheus import RULES, PrometheusServer
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -123,5 +123,5 @@ def test_pictures_are_drawn_from_the_same_queries(scraped: queries.Prometheus, t
 
 
 def test_files_are_what_their_descriptions_say() -> None:
-    for path, text in build.rendered().items():
-        assert path.read_text() == text, "run python deploy/grafana/build.py"
+    for path, text in build_dashboards.rendered().items():
+        assert path.read_text() == text, "run python deploy/grafana/build_dashboards.py"

@@ -1,6 +1,6 @@
 """Writes the dashboards that Grafana reads from their descriptions here.
 
-python deploy/grafana/build.py
+python deploy/grafana/build_dashboards.py
 """
 
 import json
