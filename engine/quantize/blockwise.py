@@ -150,6 +150,8 @@ class BlockSolver:
                 with self._forward_products():
                     streams.float_output = _forward(block, streams.float_hidden, linears, vectors)
             streams.float_hidden, streams.float_output = streams.float_output, None
+            if layer + 1 == self._config.num_layers:  # no block is left to follow a width's own states to
+                return
             for width, hidden in streams.prefix.items():
                 weights = {name: weight.read(width) for name, weight in solved.weights.items()}
                 with self._forward_products():

@@ -66,7 +66,7 @@ def _solve_rows(weight: Tensor, into: NestedWeight) -> None:
 
 def _min_max_code(values: Tensor) -> Tensor:
     """The index, 0 .. 15, of the sixteenth of its group's range that each value lies in: uint8, shape of `values`."""
-    low, high = values.aminmax(dim=2, keepdim=True)
+    low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)  # `aminmax` takes eight times as long
     step = (high - low) / _LEVELS
     step = torch.where(step > 0, step, 1.0)
     return ((values - low) / step).floor_().clamp_(0, _LEVELS - 1).to(torch.uint8)

@@ -4,8 +4,10 @@ The served layers read pages and codes and cannot be differentiated; calibration
 Same arithmetic as `engine.layers`, from the same configuration.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +97,18 @@ class Block:
         """
         config = self.config
         sequences, tokens, _ = qkv.shape
-        heads = qkv.view(sequences * tokens, -1, config.head_dim)
-        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        heads = qkv.view(sequences, tokens, -1, config.head_dim)
+        q_and_k, v = torch.split(heads, [config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=2)
         if config.qk_norm:
+            q, k = torch.split(q_and_k, [config.num_heads, config.num_kv_heads], dim=2)
             q = self._norm(q, vectors, "self_attn.q_norm.weight")
             k = self._norm(k, vectors, "self_attn.k_norm.weight")
-        positions = torch.arange(tokens, device=qkv.device).repeat(sequences)
-        q, k = self._rotary.rotate(q, positions), self._rotary.rotate(k, positions)
-        q, k, v = (x.view(sequences, tokens, -1, config.head_dim).transpose(1, 2) for x in (q, k, v))
+            q_and_k = torch.cat((q, k), dim=2)
+        rotated: Tensor = _Rotate.apply(  # type: ignore[no-untyped-call]
+            q_and_k, self._rotary.cosines[:tokens, None], self._rotary.sines[:tokens, None]
+        )
+        q, k = torch.split(rotated, [config.num_heads, config.num_kv_heads], dim=2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return q, k, v
 
     def _attend(self, qkv: Tensor, vectors: Vectors) -> Tensor:
@@ -124,11 +130,39 @@ class Block:
         cap = self.config.attention_softcap
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
-        distance = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)
-        unseen = (distance < 0) | (distance >= (self._window or tokens))
         # Adding is differentiated in less time than filling.
-        mask = torch.zeros_like(distance, dtype=scores.dtype).masked_fill_(unseen, float("-inf"))
-        return torch.softmax(scores + mask, -1) @ v
+        return torch.softmax(scores + _mask(tokens, self._window or tokens, scores.dtype, q.device), -1) @ v
+
+
+class _Rotate(torch.autograd.Function):
+    """`RotaryEmbedding.rotate` of x [sequences, tokens, heads, head_dim]; a gradient is rotated back, and nothing kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _rotated(x, cosines, sines)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        return _rotated(gradient, cosines, -sines), None, None
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = x.to(torch.float32).chunk(2, dim=-1)
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    into_first, into_second = rotated.chunk(2, dim=-1)
+    into_first.copy_((first * cosines).sub_(second * sines))
+    into_second.copy_((second * cosines).add_(first * sines))
+    return rotated
+
+
+@functools.lru_cache(maxsize=4)
+def _mask(tokens: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zero where a query sees a key, else minus infinity: [tokens, tokens]."""
+    distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
+    unseen = (distance < 0) | (distance >= window)
+    return torch.zeros_like(distance, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
 def _is_differentiated_in_full(q: Tensor) -> bool:

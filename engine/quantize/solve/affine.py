@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from anybit.engine.quantize.solve.problem import NestedProblem, NestedSolution, proxy_loss
+from anybit.engine.quantize.solve.side_by_side import each_part
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _SINGULAR = 1e-6  # of the trace: below it a group's codes are taken to be all equal
@@ -16,10 +17,19 @@ def initial_solution(problem: NestedProblem, clip_ratios: tuple[float, ...] = CL
     where a problem says that it matters. A width's levels are the middles of the ranges of the codes that it does not
     tell apart.
     """
+    parts = each_part(problem, lambda rows: _initial_rows(problem.of_rows(rows), clip_ratios))
+    return NestedSolution(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts], dim=1),
+        torch.cat([part.zero for part in parts], dim=1),
+    )
+
+
+def _initial_rows(problem: NestedProblem, clip_ratios: tuple[float, ...]) -> NestedSolution:
     target = problem.targets[-1]  # the widest
     rows = target.shape[0]
     groups = target.view(rows, -1, problem.group_size)
-    low, high = groups.aminmax(dim=2)
+    low, high = groups.amin(2), groups.amax(2)  # `aminmax` takes eight times as long
     middle, half_range = (high + low) / 2, (high - low) / 2
     half_range = torch.where(half_range > 0, half_range, 1e-8)
     diagonals = torch.stack([hessian.matrix.diagonal().float() for hessian in problem.hessians])
@@ -50,7 +60,8 @@ def initial_solution(problem: NestedProblem, clip_ratios: tuple[float, ...] = CL
 def _remainder_cost(problem: NestedProblem, candidate: NestedSolution, diagonal: Tensor) -> Tensor:
     """The weighted error of two more bits spread evenly over the range of what the widest width leaves: [out, groups]."""
     remainder = problem.targets[-1] - candidate.read_width(problem, -1)
-    low, high = remainder.view(candidate.codes.shape[0], -1, problem.group_size).aminmax(dim=2)
+    groups = remainder.view(candidate.codes.shape[0], -1, problem.group_size)
+    low, high = groups.amin(2), groups.amax(2)
     energy = diagonal.view(-1, problem.group_size).sum(1)
     return problem.remainder_importance * problem.importance[-1] * ((high - low) / 4).square_() / 12 * energy
 

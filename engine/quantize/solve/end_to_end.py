@@ -16,7 +16,8 @@ from anybit.engine.quantize.solve.coded import FloatPart
 from anybit.engine.quantize.solve.precision import training_dtype, training_products
 from anybit.engine.quantize.solve.trained import TrainedPart
 
-_COMPARED_TOGETHER = 128
+_COMPARED_TOGETHER = 256
+_NORMALIZED_TOGETHER = 1 << 19  # logits of whole tokens that a CPU's caches hold in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> Tensor
     """The gradient to `hidden` of the mean divergence over tokens; all [sequences, tokens, hidden].
 
     Of logits it is the difference of the distributions. Some tokens at a time: logits of all of them would be by far the
-    largest tensors here, and new memory each time.
+    largest tensors here, and new memory each time. Distributions are formed of fewer still: they are only passed through.
     """
     leaf = hidden.detach().flatten(0, 1).requires_grad_()
     of_both = (torch.split(tensor, _COMPARED_TOGETHER) for tensor in (leaf, targets.flatten(0, 1)))
@@ -121,9 +122,11 @@ def distribution_gradient(hidden: Tensor, targets: Tensor, head: Head) -> Tensor
         with training_products(hidden.device):
             logits = head(part)
             with torch.no_grad():
-                wanted = _probabilities(head(target))
-        difference = _probabilities(logits.detach()).sub_(wanted).div_(len(leaf))
-        logits.backward(difference.to(logits.dtype))  # type: ignore[no-untyped-call]
+                wanted = head(target)
+        few = len(part) if hidden.device.type != "cpu" else max(1, _NORMALIZED_TOGETHER // logits.shape[1])
+        for ours, theirs in zip(torch.split(logits.detach(), few), torch.split(wanted, few), strict=True):
+            theirs.copy_(_probabilities(ours).sub_(_probabilities(theirs)).div_(len(leaf)))
+        logits.backward(wanted)  # type: ignore[no-untyped-call]
     if leaf.grad is None:
         raise ValueError("There is nothing to compare.")
     return leaf.grad.view_as(hidden)

@@ -1,7 +1,7 @@
 """How each method solves one weight, from its proxy Hessians to codes and float parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -222,9 +222,7 @@ def _balanced(energies: Mapping[int, float], importance: Mapping[int, float]) ->
 
 def _losses(problem: NestedProblem, solution: NestedSolution, energies: Mapping[int, float]) -> dict[int, float]:
     rows = _some_rows(solution.codes.shape[0])
-    of_rows = replace(problem, targets=problem.targets[:, rows])
-    some = NestedSolution(solution.codes[rows], solution.scale[:, rows], solution.zero[:, rows])
-    losses = proxy_loss(of_rows, some).sum(1).tolist()
+    losses = proxy_loss(problem.of_rows(rows), solution.of_rows(rows)).sum(1).tolist()
     return {width: loss / energy for (width, energy), loss in zip(energies.items(), losses, strict=True)}
 
 

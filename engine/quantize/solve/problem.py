@@ -1,6 +1,6 @@
 """What a solver is given and what it finds: one weight's codes, shared by several widths, and a float part per width."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class NestedProblem:
     def shifts(self) -> tuple[int, ...]:
         return tuple(self.code_bits - width for width in self.bit_widths)
 
+    def of_rows(self, rows: slice) -> "NestedProblem":
+        """The same for some rows: they are independent."""
+        return replace(self, targets=self.targets[:, rows])
+
     @property
     def hessian_stack(self) -> Tensor:
         """float32 [widths, in, in]."""
@@ -52,6 +56,10 @@ class NestedSolution:
     codes: Tensor
     scale: Tensor
     zero: Tensor
+
+    def of_rows(self, rows: slice) -> "NestedSolution":
+        """Views: what is written there is written here."""
+        return NestedSolution(self.codes[rows], self.scale[:, rows], self.zero[:, rows])
 
     def clone(self) -> "NestedSolution":
         return NestedSolution(self.codes.clone(), self.scale.clone(), self.zero.clone())

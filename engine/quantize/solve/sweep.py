@@ -11,9 +11,12 @@ from torch import Tensor
 
 from anybit.engine.quantize.solve.affine import refit_group
 from anybit.engine.quantize.solve.problem import NestedProblem, NestedSolution, multiply
+from anybit.engine.quantize.solve.side_by_side import each_part
 from anybit.kernels.dispatch import choose_codes
 
 _LARGEST_BLOCK = 64
+_TOGETHER = int(__import__("os").environ.get("TG", 1 << 20))  # weights of all widths
+_FEWEST_ROWS = 64
 
 
 def gptq_pass(problem: NestedProblem, solution: NestedSolution) -> None:
@@ -21,8 +24,12 @@ def gptq_pass(problem: NestedProblem, solution: NestedSolution) -> None:
 
     With one width this is GPTQ with a fixed grid (static groups): e_i = (w_i − ŵ_i)/U_ii, w_k −= e_i U_ik.
     """
-    targets = problem.targets.clone()
     factors = problem.factor_stack
+    each_part(problem, lambda rows: _gptq_rows(problem.of_rows(rows), solution.of_rows(rows), factors))
+
+
+def _gptq_rows(problem: NestedProblem, solution: NestedSolution, factors: Tensor) -> None:
+    targets = problem.targets.clone()
     pivots = factors.diagonal(dim1=1, dim2=2)  # [widths, in]
     importance = _importance(problem)
     for group, block in _blocks(problem):
@@ -51,6 +58,10 @@ def descent_pass(problem: NestedProblem, solution: NestedSolution, refit: bool =
     else fixed, so the loss never rises.
     """
     hessians = problem.hessian_stack
+    each_part(problem, lambda rows: _descend_rows(problem.of_rows(rows), solution.of_rows(rows), hessians, refit))
+
+
+def _descend_rows(problem: NestedProblem, solution: NestedSolution, hessians: Tensor, refit: bool) -> None:
     importance = _importance(problem)
     error = problem.targets - solution.read(problem)
     for group, block in _blocks(problem):

@@ -29,33 +29,43 @@ class TrainedPart:
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in], differentiable with respect to `changes`."""
-        scale, middle = self._current()
-        weight: Tensor = _Read.apply(self._codes, scale, middle, dtype)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Read.apply(  # type: ignore[no-untyped-call]
+            self._codes, self._scale, self._middle, *self.changes, dtype
+        )
         return weight
 
     def part(self) -> FloatPart:
         with torch.no_grad():
-            scale, middle = self._current()
+            scale, middle = _changed(self._scale, self._middle, *self.changes)
             return FloatPart(scale, middle - self._centre * scale)
 
-    def _current(self) -> tuple[Tensor, Tensor]:
-        scale_change, middle_change = self.changes
-        return self._scale * (1 + scale_change), self._middle + self._scale.abs() * middle_change
+
+def _changed(scale: Tensor, middle: Tensor, scale_change: Tensor, middle_change: Tensor) -> tuple[Tensor, Tensor]:
+    return scale * (1 + scale_change), middle + scale.abs() * middle_change
 
 
 class _Read(torch.autograd.Function):
     """Levels of signed codes, whose middle is −½. Keeps only the codes for the backward pass: a quarter of the levels."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, middle: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(codes)
-        levels = codes.to(torch.float32).mul_(scale[:, :, None])
-        return levels.add_((middle + scale / 2)[:, :, None]).flatten(1).to(dtype)
+    def forward(
+        ctx: Any,
+        codes: Tensor,
+        scale: Tensor,
+        middle: Tensor,
+        scale_change: Tensor,
+        middle_change: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        now, middle = _changed(scale, middle, scale_change, middle_change)
+        levels = codes.to(torch.float32).mul_(now[:, :, None])
+        return levels.add_((middle + now / 2)[:, :, None]).flatten(1).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        (codes,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, Tensor, Tensor, None]:
+        codes, scale = ctx.saved_tensors
         grouped = gradient.to(torch.float32).view(codes.shape)
         for_middle = grouped.sum(2)
         for_scale = codes.to(torch.float32).mul_(grouped).sum(2).add_(for_middle, alpha=0.5)
-        return None, for_scale, for_middle, None
+        return None, None, None, for_scale.mul_(scale), for_middle.mul_(scale.abs()), None

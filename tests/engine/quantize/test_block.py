@@ -39,3 +39,24 @@ def test_blocks_give_the_decoders_logits(name, tmp_path):
     expected = cached_logits(decoder, TOKENS.tolist(), 60)
     assert (decoder.logits(hidden[0]) - expected).abs().max() < 1e-3
     assert F.cosine_similarity(decoder.logits(hidden[0]), expected).min() > 0.9999
+
+
+def test_queries_and_keys_are_rotated_and_their_gradients_rotated_back(tmp_path):
+    config = parse_config(HuggingFaceSource(save_llama(tiny_llama(), tmp_path / "model")).config)
+    rotary = RotaryEmbedding(config.layers[0].rope, config.head_dim, 64)
+    heads = config.num_heads + 2 * config.num_kv_heads
+    qkv = torch.randn(2, 9, heads * config.head_dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = Block(config, 0, rotary).heads(qkv, {})
+
+    split = qkv.view(2 * 9, heads, -1).split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+    positions = torch.arange(9).repeat(2)
+    wanted = [rotary.rotate(part, positions) for part in split[:2]] + [split[2]]
+    wanted = [part.view(2, 9, -1, config.head_dim).transpose(1, 2) for part in wanted]
+    weights = [torch.randn(part.shape, generator=torch.Generator().manual_seed(2)) for part in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+    gradients = [
+        torch.autograd.grad(sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True)), qkv)[0]
+        for parts in (found, wanted)
+    ]
+    assert torch.equal(*gradients)

@@ -12,6 +12,7 @@ from anybit.engine.quantize.solve.affine import initial_solution, refit
 from anybit.engine.quantize.solve.methods import solve_decoupleq, solve_gptq, solve_joint
 from anybit.engine.quantize.solve.problem import proxy_loss
 from anybit.engine.quantize.solve.relaxation import relax, relaxed_pass
+from anybit.engine.quantize.solve.side_by_side import each_part
 from anybit.engine.quantize.solve.sweep import descent_pass, gptq_pass
 from tests.engine.quantize.problems import GROUP, INPUTS, ROWS, nested_problem
 
@@ -169,3 +170,29 @@ def test_one_group_per_row_takes_the_same_way():
     solution = solve_decoupleq(problem, trace=trace)
     assert solution.scale.shape == (1, ROWS, 1)
     assert trace[-1] < trace[0]
+
+
+@pytest.mark.parametrize("rows", [65, 200])
+def test_threads_with_rows_of_their_own_find_what_one_finds(rows):
+    problem = nested_problem()
+    weight = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(3))
+    problem = replace(problem, targets=weight.expand(3, *weight.shape))
+    before = torch.get_num_threads()
+    solutions = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            solutions.append(solve_joint(problem))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for solution in solutions[1:]:
+        assert torch.equal(solution.codes, solutions[0].codes)
+        assert torch.equal(solution.scale, solutions[0].scale)
+        assert torch.equal(solution.zero, solutions[0].zero)
+
+
+def test_parts_are_all_rows_once_in_their_order():
+    problem = replace(nested_problem(), targets=torch.zeros(3, 1001, INPUTS))
+    rows = [row for part in each_part(problem, lambda part: range(*part.indices(1001))) for row in part]
+    assert rows == list(range(1001))
