@@ -1,6 +1,7 @@
 """`anybit serve`: an OpenAI-compatible server over one nested checkpoint."""
 
 import asyncio
+import logging
 import os
 from dataclasses import replace
 from typing import Annotated
@@ -26,6 +27,8 @@ from anybit.server.commands.options import (
 from anybit.server.commands.preparation import ensure_prepared, quantize_command
 from anybit.server.config import ServerConfig
 from anybit.server.upgrade import UpgradePlan
+
+logger = logging.getLogger("anybit.server")
 
 API_KEYS_VARIABLE = "ANYBIT_API_KEYS"
 
@@ -148,7 +151,20 @@ def _run(engine_config: EngineConfig, server_config: ServerConfig, logs: LogSett
     from anybit.server.launch import run_server  # noqa: PLC0415
 
     configure_logging(logs)
-    asyncio.run(run_server(engine_config, server_config, logs, _announce, plan))
+    announce = _announce if logs.format == "text" else _log_start
+    asyncio.run(run_server(engine_config, server_config, logs, announce, plan))
+
+
+def _log_start(model: ModelInfo, url: str) -> None:
+    """What `_announce` tells people, where every line must be one object."""
+    fields = {
+        "model": model.name,
+        "url": url,
+        "bit_widths": model.bit_widths,
+        "default_bit_width": model.default_bit_width,
+        "kv_capacity_tokens": {kv.name: kv.capacity_tokens for kv in model.kv_formats},
+    }
+    logger.info("%s is served on %s", model.name, url, extra=fields)
 
 
 def _announce(model: ModelInfo, url: str) -> None:
