@@ -13,7 +13,14 @@ from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.attention_inputs import AttentionSettings
 from anybit.kernels.cuda.attention import SplitAttention, attend_splits, can_attend
 from anybit.kernels.cuda.rotary import HeadNorms, LayerBases, RowPlaces, rotate_and_store
-from anybit.kernels.cuda.sealed_attention import SealedRecords, SealedTables, attend_sealed, can_attend_sealed
+from anybit.kernels.cuda.sealed_attention import (
+    SealedRecords,
+    SealedSplits,
+    SealedTables,
+    attend_sealed,
+    attend_sealed_splits,
+    can_attend_sealed,
+)
 from anybit.kvcache.attention import attend
 from anybit.kvcache.gpu_records import sealed_records
 from anybit.kvcache.pool import KVPool
@@ -72,13 +79,23 @@ class CudaAttention:
             self._bases_of(tuple(rows.kv_format for rows in plan.sealed)),
         )
 
-    def splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention | None:
-        """Where each row is the only token of its sequence, in their order, and all formats are exact; else None."""
-        if plan.sealed or not _is_by_row(plan.attention_groups[0].row_ids, q):
+    def splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention | SealedSplits | None:
+        """Where each row is the only token of its sequence, in their order, and all are of one format; else None."""
+        if not plan.sealed:
+            by_row = _is_by_row(plan.attention_groups[0].row_ids, q) and can_attend(q.dtype, self._own.keys)
+            return self._exact_splits(q, plan) if by_row else None
+        rows = plan.sealed[0]
+        part = self._sealed[rows.kv_format]
+        if plan.attention_groups or len(plan.sealed) > 1 or part.records is None:
             return None
-        if not can_attend(q.dtype, self._own.keys):
+        group = rows.groups[0]
+        if not _is_by_row(group.row_ids, q):
             return None
-        return self._exact_splits(q, plan)
+        if rows.seals is not None:
+            part.pool.seal_layer(self._layer, self._own, rows.seals)
+        tables = SealedTables(group.tables.sealed, group.tables.first, group.tables.own)
+        settings = self._heads.settings
+        return attend_sealed_splits(q[:, None], part.records, self._own, tables, group.positions, settings)
 
     def __call__(self, q: Tensor, plan: BatchPlan) -> Tensor:
         """What `queries` has returned -> [rows, heads, head_dim], in the model's basis. Full pages are sealed first."""

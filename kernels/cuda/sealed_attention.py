@@ -1,13 +1,24 @@
 """Attention of new tokens over sealed pages on an NVIDIA GPU, without decoding them."""
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
-from anybit.kernels.cuda.driver import can_launch, defined, integers, load_kernel, max_shared_bytes
+from anybit.kernels.cuda.activations import Activations, InputForm
+from anybit.kernels.cuda.driver import (
+    Argument,
+    can_launch,
+    defined,
+    integers,
+    load_kernel,
+    max_shared_bytes,
+    num_multiprocessors,
+)
+from anybit.kernels.cuda.fragments import TILE_COLUMNS
 from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.page_layout import PAGE_TOKENS, pair_layout
 
@@ -15,7 +26,8 @@ _HEAD_DIMS = (64, 128, 256)
 _COLUMNS = 8  # of a tile; as in source/sealed_attention.cu, like the numbers below
 _SPLIT_PAGES = 8
 _ROW_WARPS = (16, 8, 4, 2)  # the most that a block has room for
-_MANY_SPLITS = 1024  # that keep a GPU busy with a warp each
+_FEW_SPLITS, _FEW_TOGETHER, _MANY_TOGETHER = 32, 8, 24  # read at once when splits are merged
+_RESIDENT_WARPS = 16  # of a multiprocessor: with as many splits, each is a warp's
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +83,7 @@ def can_attend_sealed(dtype: torch.dtype, head_dim: int, device: torch.device) -
         dtype in VALUES
         and head_dim in _HEAD_DIMS
         and can_launch(device)
-        and _rows_shared_bytes(head_dim, _ROW_WARPS[-1], 256) <= max_shared_bytes(device)
+        and (1 << 16) + _SPLIT_PAGES * _sums_bytes(head_dim) <= max_shared_bytes(device)
     )
 
 
@@ -90,53 +102,93 @@ def attend_sealed(
     in order. Of a sequence with one token at a negative position, the row of `out`, which is like q but in the model's
     basis, is left as it is. All but tables contiguous. Waits for nothing and allocates by shapes alone.
     """
-    problem = _problem(q, pages, own, tables, positions, settings, out)
     if q.shape[1] == 1:
-        _attend_token(q, pages, problem, settings, tables.sealed.shape[1])
-    else:
-        _attend_tokens(q, pages, problem, settings, tables.own.shape[1])
-
-
-def _attend_token(
-    q: Tensor, pages: SealedRecords, problem: _Problem, settings: AttentionSettings, table_pages: int
-) -> None:
-    sequences, _, heads, head_dim = q.shape
-    splits = -(-table_pages // _SPLIT_PAGES) + 1
-    partial = torch.empty(sequences, heads, splits, head_dim, device=q.device)
-    norms = torch.empty(sequences, heads, splits, 2, device=q.device)
-    problem.partial, problem.partial_norm = partial.data_ptr(), norms.data_ptr()
-    constants = defined(**_constants(q, pages, settings))
-    tiles = problem.kv_heads * -(-(heads // problem.kv_heads) // _COLUMNS)
-    sums_bytes = _SPLIT_PAGES * _COLUMNS * head_dim * 4
-    threads = 32 * _SPLIT_PAGES
-    if sequences * tiles * (splits - 1) < _MANY_SPLITS:
-        shared_bytes = max(_table_bytes(pages), sums_bytes)
-        kernel = load_kernel("sealed_attention", "attend_sealed_pages", constants, shared_bytes)
-        kernel.launch((splits, tiles, sequences), threads, [problem, *integers(splits)], shared_bytes)
-    else:
-        shared_bytes = _table_bytes(pages) + sums_bytes
-        kernel = load_kernel("sealed_attention", "attend_sealed_splits", constants, shared_bytes)
-        grid = (-(-splits * tiles // _SPLIT_PAGES), sequences, 1)
-        kernel.launch(grid, threads, [problem, *integers(splits, tiles)], shared_bytes)
-    merge = load_kernel("sealed_attention", "merge_sealed", constants)
-    merge.launch((heads, sequences, 1), head_dim, [problem, *integers(splits)])
-
-
-def _attend_tokens(
-    q: Tensor, pages: SealedRecords, problem: _Problem, settings: AttentionSettings, own_pages: int
-) -> None:
-    sequences, _, heads, head_dim = q.shape
+        attend_sealed_splits(q, pages, own, tables, positions, settings).merged(out)
+        return
+    _, _, heads, head_dim = q.shape
+    problem = _problem(q, pages, own, tables, positions, settings)
+    problem.out = out.data_ptr()
     columns = PAGE_TOKENS * heads // problem.kv_heads
-    room = max_shared_bytes(q.device)
-    warps = next(n for n in _ROW_WARPS if _rows_shared_bytes(head_dim, n, _table_rows(pages)) <= room)
+    warps = _most_warps(_ROW_WARPS, q.device, lambda count: _rows_shared_bytes(head_dim, count, _table_bytes(pages)))
     while warps > 1 and _COLUMNS * warps // 2 >= columns:
         warps //= 2
     page_tiles = -(-columns // (_COLUMNS * warps))
     constants = defined(**_constants(q, pages, settings), ROW_WARPS=warps)
-    shared_bytes = _rows_shared_bytes(head_dim, warps, _table_rows(pages))
+    shared_bytes = _rows_shared_bytes(head_dim, warps, _table_bytes(pages))
     kernel = load_kernel("sealed_attention", "attend_sealed_rows", constants, shared_bytes)
-    grid = (own_pages * page_tiles, problem.kv_heads, sequences)
+    grid = (tables.own.shape[1] * page_tiles, problem.kv_heads, len(q))
     kernel.launch(grid, 32 * warps, [problem, *integers(page_tiles)], shared_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSplits:
+    """What one token of each sequence has attended to, split by split of its pages; `merged` puts it together."""
+
+    q: Tensor  # [sequences, 1, heads, head_dim]
+    problem: _Problem
+    constants: dict[str, int]
+    splits: int
+    kept: tuple[Tensor, ...]  # what `problem` points to
+
+    def merged(self, out: Tensor | None = None) -> Tensor:
+        """[sequences, 1, heads, head_dim] in q's dtype; rows at negative positions are left as they are."""
+        out = torch.empty_like(self.q) if out is None else out
+        self.problem.out = out.data_ptr()
+        kernel = load_kernel("sealed_attention", "merge_sealed", defined(**self.constants))
+        kernel.launch((self._blocks, len(self.q), 1), self._columns, [self.problem, *integers(self.splits)])
+        return out
+
+    def prepared(self, start: int, stop: int, form: InputForm) -> Activations:
+        """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as inputs of a product."""
+        activations = Activations.allocate(stop - start, self.q[0].numel(), form, self.q.device)
+        kernel = load_kernel("sealed_attention", "merge_sealed_prepare", defined(**self.constants, **form.defines))
+        arguments: list[Argument] = [
+            self.problem,
+            *integers(self.splits, start, stop - start),
+            *activations.addresses,
+            *integers(activations.slots, form.pass_tiles),
+        ]
+        kernel.launch((self._blocks, activations.slots, 1), self._columns, arguments)
+        return activations
+
+    @property
+    def _columns(self) -> int:
+        """Of a block."""
+        return max(self.q.shape[3], TILE_COLUMNS)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.q[0].numel() // self._columns)
+
+
+def attend_sealed_splits(
+    q: Tensor,
+    pages: SealedRecords,
+    own: ExactPages,
+    tables: SealedTables,
+    positions: Tensor,
+    settings: AttentionSettings,
+) -> SealedSplits:
+    """`attend_sealed` of one token a sequence, to be merged."""
+    sequences, _, heads, head_dim = q.shape
+    problem = _problem(q, pages, own, tables, positions, settings)
+    splits = -(-tables.sealed.shape[1] // _SPLIT_PAGES) + 1
+    partial = torch.empty(sequences, heads, splits, head_dim, device=q.device)
+    norms = torch.empty(sequences, heads, splits, 2, device=q.device)
+    problem.partial, problem.partial_norm = partial.data_ptr(), norms.data_ptr()
+    constants = _constants(q, pages, settings)
+    tiles = problem.kv_heads * -(-(heads // problem.kv_heads) // _COLUMNS)
+    if sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _RESIDENT_WARPS:
+        shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim))
+        kernel = load_kernel("sealed_attention", "attend_sealed_pages", defined(**constants), shared_bytes)
+        kernel.launch((splits, tiles, sequences), 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
+    else:
+        shared_bytes = _table_bytes(pages) + _SPLIT_PAGES * _sums_bytes(head_dim)
+        kernel = load_kernel("sealed_attention", "attend_sealed_splits", defined(**constants), shared_bytes)
+        grid = (-(-splits * tiles // _SPLIT_PAGES), sequences, 1)
+        kernel.launch(grid, 32 * _SPLIT_PAGES, [problem, *integers(splits, tiles)], shared_bytes)
+    constants["MERGED_TOGETHER"] = _FEW_TOGETHER if splits <= _FEW_SPLITS else _MANY_TOGETHER
+    return SealedSplits(q, problem, constants, splits, (positions, partial, norms))
 
 
 def _problem(
@@ -146,7 +198,6 @@ def _problem(
     tables: SealedTables,
     positions: Tensor,
     settings: AttentionSettings,
-    out: Tensor,
 ) -> _Problem:
     _, tokens, heads, head_dim = q.shape
     _check_records(pages, head_dim)
@@ -168,8 +219,7 @@ def _problem(
                 positions,
             )
         ),
-        None if pages.signs is None else pages.signs.data_ptr(),
-        out.data_ptr(),
+        signs=None if pages.signs is None else pages.signs.data_ptr(),
         tokens=tokens,
         heads=heads,
         kv_heads=kv_heads,
@@ -196,16 +246,22 @@ def _constants(q: Tensor, pages: SealedRecords, settings: AttentionSettings) -> 
     }
 
 
-def _table_rows(pages: SealedRecords) -> int:
-    return 64 if pages.keys.code_bits == pages.values.code_bits == 6 else 256
-
-
 def _table_bytes(pages: SealedRecords) -> int:
-    return _table_rows(pages) * 256
+    return 256 * (64 if pages.keys.code_bits == pages.values.code_bits == 6 else 256)
 
 
-def _rows_shared_bytes(head_dim: int, warps: int, table_rows: int) -> int:
-    return table_rows * 256 + warps * 2 * _COLUMNS * head_dim * 4
+def _sums_bytes(head_dim: int) -> int:
+    """Of a warp's columns."""
+    return _COLUMNS * head_dim * 4
+
+
+def _rows_shared_bytes(head_dim: int, warps: int, table_bytes: int) -> int:
+    return table_bytes + warps * 2 * _sums_bytes(head_dim)
+
+
+def _most_warps(choices: Sequence[int], device: torch.device, shared_bytes: Callable[[int], int]) -> int:
+    """The largest block whose shared memory there is."""
+    return next(count for count in choices if shared_bytes(count) <= max_shared_bytes(device))
 
 
 def _check_records(pages: SealedRecords, head_dim: int) -> None:

@@ -124,7 +124,7 @@ def test_it_is_what_the_pages_say_however_many_sequences(
     case = make_case(name, [1, 63, 64, 65, 128, 200, 1024, 1025, 1500], heads, settings)
     got = case.attended()
     check(got, case.expected())
-    monkeypatch.setattr(sealed_attention, "_MANY_SPLITS", 0)
+    monkeypatch.setattr(sealed_attention, "_RESIDENT_WARPS", 0)
     assert torch.equal(case.attended(), got)
 
 

@@ -15,6 +15,9 @@ using namespace nested;
 #ifndef ROTATED_VALUES  // whether the result has to be rotated back
 #define ROTATED_VALUES 1
 #endif
+#ifndef MERGED_TOGETHER  // splits that are read at once when they are merged
+#define MERGED_TOGETHER 8
+#endif
 #ifndef ROW_WARPS  // of a block that takes many tokens
 #define ROW_WARPS 8
 #endif
@@ -567,43 +570,102 @@ attend_sealed_splits(SealedProblem problem, int splits, int tiles) {
     }
 }
 
-// Neighbouring dimensions of a result, from `first` on, in the model's basis.
+// Neighbouring dimensions of a result in the model's basis and rounded; `signs` are theirs.
 template <int kCount>
-__device__ inline void store_result(const SealedProblem& problem, const float (&x)[kCount], int first, Value* row) {
+__device__ inline void finish(const float (&signs)[kCount], float (&x)[kCount]) {
     const float scale = __frsqrt_rn((float)HEAD_DIM);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        row[first + i] = to_value(ROTATED_VALUES ? __fmul_rn(__fmul_rn(x[i], scale), problem.signs[first + i]) : x[i]);
+    for (int i = 0; i < kCount; ++i) {
+        if (ROTATED_VALUES) x[i] = __fmul_rn(__fmul_rn(x[i], scale), signs[i]);
+        x[i] = to_float(to_value(x[i]));
+    }
+}
+template <int kCount>
+__device__ inline void read_signs(const SealedProblem& problem, int first, float (&signs)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) signs[i] = ROTATED_VALUES ? problem.signs[first + i] : 1.f;
 }
 
-// The result of `attend_sealed_pages` or `attend_sealed_splits`. A grid of (heads, sequences); a block takes a head of a sequence,
-// a thread a dimension, until one warp rotates the whole back.
-extern "C" __global__ void __launch_bounds__(HEAD_DIM)
-merge_sealed(SealedProblem problem, int splits) {
+// What `attend_sealed_pages` or `attend_sealed_splits` have found for neighbouring heads of a sequence, put together: [heads x
+// HEAD_DIM] in `result`, zeros for heads that do not exist. A thread takes a dimension, until a warp rotates a head back.
+constexpr int kMergedHeads = HEAD_DIM < kColumns ? kColumns / HEAD_DIM : 1, kMergedColumns = kMergedHeads * HEAD_DIM;
+
+__device__ inline void merge_heads(const SealedProblem& problem, int splits, int sequence, int first_head, float* result) {
     constexpr int kOwn = HEAD_DIM / 32;
-    __shared__ float sums[HEAD_DIM];
-    launch_dependents();
+    const int head = first_head + threadIdx.x / HEAD_DIM, dim = threadIdx.x % 32 * kOwn;
+    // Positions and signs were there before the step began.
+    const int position = (int)problem.positions[sequence], own_page = position / kPage;
+    const int oldest_page = oldest_seen(problem, position) / kPage;
+    float signs[kOwn], sum = 0.f;
+    read_signs(problem, dim, signs);
     wait_for_inputs();
-    const int sequence = blockIdx.y, position = (int)problem.positions[sequence];
-    const int own_page = position / kPage, oldest_page = oldest_seen(problem, position) / kPage;
-    if (position < 0) return;
-    const size_t row = (size_t)sequence * problem.heads + blockIdx.x;
-    const float* partial = problem.partial + row * splits * HEAD_DIM + threadIdx.x;
-    const float2* norms = problem.partial_norm + row * splits;
-    Merged all;
-    float sum = 0.f;
-#pragma unroll 16
-    for (int split = oldest_page / kSealedSplit; max(split * kSealedSplit, oldest_page) < own_page; ++split)
-        sum = merged(sum, partial[split * HEAD_DIM], all.add(norms[split].x, norms[split].y));
-    sum = merged(sum, partial[(splits - 1) * HEAD_DIM], all.add(norms[splits - 1].x, norms[splits - 1].y));
-    sums[threadIdx.x] = __fdiv_rn(sum, all.norm);
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    float result[kOwn];
+    if (head < problem.heads) {
+        // Splits of sealed pages, if there are some, then the own page, which is the last of all.
+        const int first = oldest_page / kSealedSplit, count = oldest_page < own_page ? (own_page - 1) / kSealedSplit - first + 2 : 1;
+        const size_t row = ((size_t)sequence * problem.heads + head) * splits;
+        Merged all;
+        for (int begin = 0; begin < count; begin += MERGED_TOGETHER) {
+            float added[MERGED_TOGETHER];
+            float2 norm[MERGED_TOGETHER];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) result[i] = sums[threadIdx.x * kOwn + i];
-    if (ROTATED_VALUES) unrotate<kOwn, 1>(result);
-    store_result(problem, result, threadIdx.x * kOwn, problem.out + row * HEAD_DIM);
+            for (int i = 0; i < MERGED_TOGETHER; ++i) {
+                const size_t place = row + (begin + i >= count - 1 ? splits - 1 : first + begin + i);
+                added[i] = 0.f, norm[i] = make_float2(kNothing, 0.f);  // changes nothing
+                if (begin + i < count) added[i] = problem.partial[place * HEAD_DIM + threadIdx.x % HEAD_DIM], norm[i] = problem.partial_norm[place];
+            }
+#pragma unroll
+            for (int i = 0; i < MERGED_TOGETHER; ++i) sum = merged(sum, added[i], all.add(norm[i].x, norm[i].y));
+        }
+        sum = __fdiv_rn(sum, all.norm);
+    }
+    result[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x / 32 < kMergedHeads) {
+        float* of_head = result + threadIdx.x / 32 * HEAD_DIM + dim;
+        float x[kOwn];
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) x[i] = of_head[i];
+        if (ROTATED_VALUES) unrotate<kOwn, 1>(x);
+        finish(signs, x);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) of_head[i] = x[i];
+    }
+    __syncthreads();
+}
+
+// A grid of (heads / kMergedHeads, sequences).
+extern "C" __global__ void __launch_bounds__(kMergedColumns)
+merge_sealed(SealedProblem problem, int splits) {
+    __shared__ __align__(16) float result[kMergedColumns];
+    launch_dependents();
+    const int sequence = blockIdx.y, first = blockIdx.x * kMergedColumns, columns = problem.heads * HEAD_DIM;
+    if (problem.positions[sequence] < 0) {
+        wait_for_inputs();
+        return;
+    }
+    merge_heads(problem, splits, sequence, blockIdx.x * kMergedHeads, result);
+    if (first + (int)threadIdx.x < columns) problem.out[(size_t)sequence * columns + first + threadIdx.x] = to_value(result[threadIdx.x]);
+}
+
+// The same as inputs of a product, of sequences from `first_sequence` on; the grid covers all slots.
+extern "C" __global__ void __launch_bounds__(kMergedColumns)
+merge_sealed_prepare(SealedProblem problem, int splits, int first_sequence, int sequences, u32* inputs, float2* scales, int slots,
+                     int pass_tiles) {
+    constexpr int kTiles = kMergedColumns / kColumns;
+    __shared__ __align__(16) float result[kMergedColumns];
+    launch_dependents();
+    const int slot = blockIdx.y, tile = threadIdx.x / 32, tiles = (problem.heads * HEAD_DIM + kColumns - 1) / kColumns;
+    const bool exists = slot < sequences;
+    if (exists) {
+        merge_heads(problem, splits, first_sequence + slot, blockIdx.x * kMergedHeads, result);
+    } else {
+        wait_for_inputs();
+    }
+    if (tile >= kTiles) return;
+    float value[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = exists ? result[4 * threadIdx.x + i] : 0.f;
+    store_inputs(value, slot, blockIdx.x * kTiles + tile, tiles, slots, pass_tiles, inputs, scales);
 }
 
 // Several tokens a sequence. A grid of (own pages x tiles of a page, kv heads, sequences); a page's columns are its tokens times
@@ -659,6 +721,13 @@ attend_sealed_rows(SealedProblem problem, int page_tiles) {
         }
         if (ROTATED_VALUES) unrotate<2 * kValuePairs, 4>(sum);
         const int column = first_column + 2 * c + i;
-        if (position_of(column) >= 0) store_result(problem, sum, 2 * g * kValuePairs, problem.out + row_of(column));
+        float signs[2 * kValuePairs];
+        read_signs(problem, 2 * g * kValuePairs, signs);
+        finish(signs, sum);
+        if (position_of(column) >= 0) {
+            Value* to = problem.out + row_of(column) + 2 * g * kValuePairs;
+#pragma unroll
+            for (int k = 0; k < 2 * kValuePairs; ++k) to[k] = to_value(sum[k]);
+        }
     }
 }
