@@ -20,7 +20,8 @@ DASHBOARD = Dashboard(
                     "s", "bargauge",
                 ),
                 Panel(
-                    "Tokens a second", recorded("model_bit_width:anybit_generated_tokens:rate5m", "sum"), "short", "bargauge"
+                    "Tokens a second of one stream", recorded("model_bit_width:anybit_tokens_per_stream_second:mean5m"),
+                    "short", "bargauge", "While it is being answered.",
                 ),
                 Panel(
                     "Weight bytes read per token",

@@ -33,9 +33,14 @@ class Panel:
     height: int = 8
     stacked: bool = False
     maximum: float | None = None
+    no_value: str = ""  # shown where there is no series
 
     def to_json(self, number: int, x: int, y: int) -> dict[str, Any]:
-        limits = {} if self.maximum is None else {"max": self.maximum}
+        defaults: dict[str, Any] = {"unit": self.unit, "min": 0}
+        if self.maximum is not None:
+            defaults["max"] = self.maximum
+        if self.no_value:
+            defaults["noValue"] = self.no_value
         custom = {"fillOpacity": 25 if self.stacked else 8, "showPoints": "never"}
         custom["stacking"] = {"mode": "normal" if self.stacked else "none"}
         return {
@@ -46,7 +51,7 @@ class Panel:
             "datasource": DATASOURCE,
             "gridPos": {"x": x, "y": y, "w": self.width, "h": self.height},
             "fieldConfig": {
-                "defaults": {"unit": self.unit, "min": 0, **limits, "custom": custom if self._is_over_time else {}},
+                "defaults": {**defaults, "custom": custom if self._is_over_time else {}},
                 "overrides": [],
             },
             "options": self._options,

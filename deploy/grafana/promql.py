@@ -29,6 +29,6 @@ def by_width(expression: str) -> list[Query]:
     return [Query(expression, "{{bit_width}} bits")]
 
 
-def recorded(rule: str, aggregate: str = "max") -> list[Query]:
+def recorded(rule: str) -> list[Query]:
     """A recording rule by width, of several models the largest."""
-    return by_width(f"{aggregate} by (bit_width) ({rule}{{{MODEL}}})")
+    return by_width(f"max by (bit_width) ({rule}{{{MODEL}}})")

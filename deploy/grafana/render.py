@@ -12,13 +12,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from queries import PanelQuery, Prometheus, Series, dashboards, panel_queries
 
 _COLUMNS = 24
 _INCHES_PER_COLUMN, _INCHES_PER_LINE = 0.68, 0.40
 _POINTS = 240
 _FONT = 8
+_LEGEND: dict[str, Any] = {"ncols": 5, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,8 @@ def draw(dashboard: dict[str, Any], queries: list[PanelQuery], prometheus: Prome
         if panel["type"] == "row":
             figure.text(0.01, top - height * 0.7, panel["title"], fontsize=_FONT + 3, weight="bold", color="#444")
             continue
-        margin_x, margin_y = 0.045, 1.15 / lines
-        axes = figure.add_axes(
-            (left + margin_x, top - height + margin_y, width - 1.25 * margin_x, height - 2 * margin_y)
-        )
+        margin, head, foot = 0.045, 0.9 / lines, 1.9 / lines
+        axes = figure.add_axes((left + margin, top - height + foot, width - 1.25 * margin, height - head - foot))
         axes.set_title(panel["title"], loc="left")
         own = [query for query in queries if query.panel is panel]
         _draw_panel(axes, panel, own, prometheus, span)
@@ -77,11 +76,12 @@ def _draw_panel(
     axes: Axes, panel: dict[str, Any], queries: list[PanelQuery], prometheus: Prometheus, span: TimeSpan
 ) -> None:
     if panel["type"] == "timeseries":
-        _draw_lines(axes, panel, [
+        named = [
             (query.name(series.labels), series)
             for query in queries
             for series in prometheus.query_range(query.expression, span.start, span.end, span.step)
-        ])  # fmt: skip
+        ]
+        _draw_lines(axes, panel, named, span)
         return
     newest = [(query.name(series.labels), series) for query in queries for series in prometheus.query(query.expression)]
     match panel["type"]:
@@ -96,25 +96,41 @@ def _draw_panel(
             _draw_table(axes, [series.labels for _, series in newest])
 
 
-def _draw_lines(axes: Axes, panel: dict[str, Any], named: list[tuple[str, Series]]) -> None:
+def _draw_lines(axes: Axes, panel: dict[str, Any], named: list[tuple[str, Series]], span: TimeSpan) -> None:
     named = sorted(((name, series) for name, series in named if series.points), key=lambda pair: _natural(pair[0]))
     if not named:
+        axes.axis("off")
+        axes.text(0.02, 0.5, panel["fieldConfig"]["defaults"].get("noValue", "no data"), transform=axes.transAxes)
         return
-    first = min(series.points[0][0] for _, series in named)
     if panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal":
         times = sorted({moment for _, series in named for moment, _ in series.points})
         heights = [[dict(series.points).get(moment, 0.0) for moment in times] for _, series in named]
-        axes.stackplot([moment - first for moment in times], heights, labels=[name for name, _ in named], alpha=0.75)
+        axes.stackplot(
+            [moment - span.start for moment in times], heights, labels=[name for name, _ in named], alpha=0.75
+        )
     else:
         for name, series in named:
-            axes.plot(
-                [moment - first for moment, _ in series.points], [value for _, value in series.points], label=name
-            )
+            moments, values = _with_gaps(series.points, span)
+            axes.plot(moments, values, label=name)
     axes.set_ylim(bottom=0)
+    axes.set_xlim(0, span.end - span.start)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, _unit(panel))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} s"))
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=_FONT - 2, frameon=False, loc="upper left", ncols=2)
+    axes.legend(fontsize=_FONT - 1.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.02, -0.1), **_LEGEND)
+
+
+def _with_gaps(points: list[tuple[float, float]], span: TimeSpan) -> tuple[list[float], list[float]]:
+    """Seconds since the start, and values; a line ends where some are missing."""
+    moments, values = [], []
+    for (moment, value), (following, _) in zip(points, [*points[1:], points[-1]], strict=True):
+        moments.append(moment - span.start)
+        values.append(value)
+        if following - moment > 3 * span.step:
+            moments.append(moment - span.start)
+            values.append(float("nan"))
+    return moments, values
 
 
 def _draw_bars(axes: Axes, panel: dict[str, Any], values: list[tuple[str, float]]) -> None:
@@ -139,7 +155,7 @@ def _draw_table(axes: Axes, rows: list[dict[str, str]]) -> None:
         for (line, _), cell in table.get_celld().items():
             cell.set_edgecolor("#ccc")
             if line == 0:
-                cell.set_height(2.2 * cell.get_height())
+                cell.set_height(3 * cell.get_height())
 
 
 def format_value(value: float, unit: str) -> str:

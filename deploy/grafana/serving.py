@@ -51,6 +51,7 @@ DASHBOARD = Dashboard(
                     "Slow paths taken",
                     [Query(rate("anybit_kernel_fallbacks_total", "kernel, reason"), "{{kernel}}: {{reason}}")],
                     "cps", description="Calls a second that ran on something slower than the kernel made for them.",
+                    no_value="none",
                 ),
             ],
         ),

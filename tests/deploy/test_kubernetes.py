@@ -102,3 +102,13 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_service_monitor_has_fields_that_the_operator_knows() -> None:
+    """Its schema comes with the operator and not with Kubernetes."""
+    monitor = BASE["ServiceMonitor"]
+    assert monitor["apiVersion"] == BASE["PrometheusRule"]["apiVersion"] == "monitoring.coreos.com/v1"
+    assert set(monitor["spec"]) <= {"endpoints", "jobLabel", "namespaceSelector", "selector", "targetLabels"}
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert set(endpoint) <= {"authorization", "interval", "path", "port", "scheme", "scrapeTimeout"}
+    assert set(endpoint["authorization"]["credentials"]) <= {"key", "name", "optional"}
