@@ -65,7 +65,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
     logger.info("Self-check: %s.", check_loaded(reader, loader.loaded, device))
     books, pool = build_cache(
         config,
-        model_config,
+        decoder,
         max_model_len,
         device,
         lambda specs: set_up_sealed(reader, decoder, config.default_bit_width, max_model_len, specs),

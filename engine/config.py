@@ -9,6 +9,8 @@ _NUM_SEQS = {"cpu": 16, "cuda": 128}
 _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+AUTO_KV_FORMAT = "auto"
+"""What suits the model and the device (`engine.kv.default_format`)."""
 EXACT_KV_FORMATS = frozenset(("bf16", "float32"))
 KV_FORMATS = (
     *("bf16", "float32"),
@@ -43,9 +45,9 @@ class EngineConfig:
     """Settings of one engine process.
 
     `bit_widths` empty means every width of the checkpoint. `max_model_len` 0 means what the model was trained for.
-    `kv_format` is that of requests that name none: one of KV_FORMATS, or two ("qet4/qet3": keys, then values); `kv_formats`
-    are others on offer. `max_num_seqs` sequences are computed together; 0 means what suits the device.
-    `kv_cache_bytes` 0 means enough for as many full contexts, but at most a quarter of the free
+    `kv_format` is that of requests that name none: one of KV_FORMATS, two ("qet4/qet3": keys, then values), or what suits
+    model and device (AUTO_KV_FORMAT); `kv_formats` are others on offer. `max_num_seqs` sequences are computed together; 0
+    means what suits the device. `kv_cache_bytes` 0 means enough for as many full contexts, but at most a quarter of the free
     memory (on a GPU most of it). `prefix_cache` keeps the pages of ended sequences for later ones with the same beginning.
     `threads` 0 means the physical cores. `max_step_tokens` bounds how many tokens one step computes, so that a long
     prompt delays running sequences by no more than that; 0 means what suits the device. `reproducible` asks for
@@ -57,7 +59,7 @@ class EngineConfig:
     bit_widths: tuple[int, ...] = ()
     default_bit_width: int = 4
     lm_head_bits: int = 8
-    kv_format: str = "bf16"
+    kv_format: str = AUTO_KV_FORMAT
     kv_formats: tuple[str, ...] = ()
     compute_dtype: str = "auto"
     device: str = "auto"
@@ -68,11 +70,6 @@ class EngineConfig:
     kv_cache_bytes: int = 0
     prefix_cache: bool = True
     reproducible: bool | None = None
-
-    @property
-    def served_kv_formats(self) -> tuple[str, ...]:
-        """The default one first."""
-        return tuple(dict.fromkeys((self.kv_format, *self.kv_formats)))
 
     def num_seqs(self, device_type: str) -> int:
         """Most sequences of one step on a device ("cpu", "cuda")."""
@@ -92,7 +89,7 @@ class EngineConfig:
             raise ConfigError(
                 f"The default bit-width {self.default_bit_width} is not among the served widths {widths}."
             )
-        for served in self.served_kv_formats:
+        for served in (*((self.kv_format,) if self.kv_format != AUTO_KV_FORMAT else ()), *self.kv_formats):
             check_kv_format(served)
         for name, value, choices in (
             ("device", self.device, DEVICES),

@@ -103,7 +103,9 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
     dtype = torch.bfloat16 if device.type == "cuda" or bit_widths == (UNQUANTIZED,) else torch.float32
     decoder = build_decoder(model, loader, context, dtype, device, is_fast=config.reproducible is False)
     num_seqs = config.num_seqs(device.type)
-    books, pool = build_cache(replace(config, max_num_seqs=num_seqs + 1), model, context, device, SealedSetup.unchecked)
+    books, pool = build_cache(
+        replace(config, max_num_seqs=num_seqs + 1), decoder, context, device, SealedSetup.unchecked
+    )
     core = EngineCore(
         Runner(decoder, pool),
         Scheduler(books, SchedulerConfig(num_seqs, config.step_tokens(device.type), None)),

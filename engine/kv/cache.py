@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from anybit.engine.config import ConfigError, EngineConfig
+from anybit.engine.config import AUTO_KV_FORMAT, ConfigError, EngineConfig
 from anybit.engine.errors import AnyBitError
+from anybit.engine.kv.default_format import exact_format, preferred_format
 from anybit.engine.kv.sealed_setup import SealedSetup
 from anybit.engine.machine import free_bytes
 from anybit.engine.models.config import DecoderConfig
+from anybit.engine.models.decoder import Decoder
 from anybit.kvcache.allocator import PageAllocator
 from anybit.kvcache.books import FormatPages, PageBooks
 from anybit.kvcache.formats import is_rotated, parse_format
@@ -26,7 +28,7 @@ _KV_SHARE_OF_FREE = {"cpu": 0.25, "cuda": 0.85}
 
 def build_cache(
     config: EngineConfig,
-    model: DecoderConfig,
+    decoder: Decoder,
     max_model_len: int,
     device: torch.device,
     set_up: Callable[[Sequence[KVSpec]], SealedSetup],
@@ -36,12 +38,15 @@ def build_cache(
     `set_up` is asked how to keep the model in sealed formats, if there are some. ConfigError if formats do not suit the
     model or each other, AnyBitError if there is too little memory.
     """
-    specs = [KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, name) for name in config.served_kv_formats]
+    default = config.kv_format
+    if default == AUTO_KV_FORMAT:
+        default = preferred_format(decoder)
+    specs, setup = _set_up((default, *config.kv_formats), decoder.config, set_up)
+    if config.kv_format == AUTO_KV_FORMAT and default in setup.doubts:
+        default = exact_format(setup.doubts[default])
+        specs, setup = _set_up((default, *config.kv_formats), decoder.config, set_up)
     exact = next((spec for spec in specs if spec.is_exact), specs[0].of_format(OWN_FORMAT))
     sealed = [spec for spec in specs if not spec.is_exact]
-    _check(exact, sealed)
-    setup = set_up(sealed) if sealed else SealedSetup.unchecked(())
-    specs = [setup.specs.get(spec.format, spec) for spec in specs]
     num_seqs = config.num_seqs(device.type)
     num_slots = slots_needed(num_seqs, config.step_tokens(device.type)) if sealed else 0
     budget = config.kv_cache_bytes or int(free_bytes(device) * _KV_SHARE_OF_FREE[device.type])
@@ -51,10 +56,22 @@ def build_cache(
     pools = {name: SealedPool(spec, pages[name], setup.key_weights, device) for name, spec in setup.specs.items()}
     books = PageBooks(
         {spec.format: FormatPages(spec, PageAllocator(pages[spec.format])) for spec in specs},
-        config.kv_format,
+        default,
         OwnSlots(num_exact, num_slots),
     )
     return books, KVPool(exact, num_exact + num_slots, device, pools)
+
+
+def _set_up(
+    names: Sequence[str], model: DecoderConfig, set_up: Callable[[Sequence[KVSpec]], SealedSetup]
+) -> tuple[list[KVSpec], SealedSetup]:
+    """Specs of the formats, each once, as they are to be served."""
+    specs = [KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, name) for name in dict.fromkeys(names)]
+    exact = next((spec for spec in specs if spec.is_exact), specs[0].of_format(OWN_FORMAT))
+    sealed = [spec for spec in specs if not spec.is_exact]
+    _check(exact, sealed)
+    setup = set_up(sealed) if sealed else SealedSetup.unchecked(())
+    return [setup.specs.get(spec.format, spec) for spec in specs], setup
 
 
 def _check(exact: KVSpec, sealed: Sequence[KVSpec]) -> None:

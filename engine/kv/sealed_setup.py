@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,10 +19,14 @@ logger = logging.getLogger("anybit.engine")
 
 @dataclass(frozen=True, slots=True)
 class SealedSetup:
-    """Balance weights of each layer's keys, None where there are none, and by format the spec to serve it by."""
+    """Balance weights of each layer's keys, None where there are none, and by format the spec to serve it by.
+
+    `doubts` says, by format, what speaks against one that nobody has asked for by name.
+    """
 
     key_weights: Sequence[Tensor] | None
     specs: Mapping[str, KVSpec]
+    doubts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def unchecked(cls, specs: Sequence[KVSpec]) -> "SealedSetup":
@@ -49,7 +53,10 @@ def set_up_sealed(
             ", and keys without balance weights" if lacks_weights else "",
             len(token_ids),
         )
-        return SealedSetup(weights, {spec.format: spec for spec in specs})
+        doubt = "there are too few tokens to check it with."
+        return SealedSetup(
+            weights, {spec.format: spec for spec in specs}, dict.fromkeys((spec.format for spec in specs), doubt)
+        )
     heads = read_heads(decoder, token_ids if lacks_weights else token_ids[:MOST_TOKENS], bit_width)
     if lacks_weights:
         weights = _estimated_weights(heads)
@@ -57,7 +64,12 @@ def set_up_sealed(
     checks = [check_format(spec, heads, settings, weights, decoder.device) for spec in specs]
     for check in checks:
         check.report()
-    return SealedSetup(weights, {check.spec.format: check.spec for check in checks})
+    doubts = {check.spec.format: check.doubt for check in checks}
+    return SealedSetup(
+        weights,
+        {check.spec.format: check.spec for check in checks},
+        {name: doubt for name, doubt in doubts.items() if doubt is not None},
+    )
 
 
 def _stored_weights(reader: CheckpointReader, decoder: Decoder) -> list[Tensor] | None:

@@ -59,6 +59,12 @@ class FormatCheck:
     raised_errors: dict[int, LayerErrors]
     hopeless: tuple[int, ...]
 
+    @property
+    def doubt(self) -> str | None:
+        """Why not to choose the format of one's own accord, if there is a reason."""
+        layers = sorted((*self.raised_errors, *self.hopeless))
+        return f"it is not good enough for {_listed(layers)} of this model." if layers else None
+
     def report(self) -> None:
         """Log it, a sentence each."""
         name = self.spec.format

@@ -23,6 +23,7 @@ from anybit.kernels.cuda.activations import (
     rms_norm,
 )
 from anybit.kernels.cuda.rotary import MOST_FORMATS, HeadNorms
+from anybit.kernels.cuda.sealed_attention import can_attend_sealed
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class CudaLayers:
     def can_read(self, pool: KVPool) -> bool:
         """Whether these layers know the pages' formats: as many as there may be."""
         return len(pool.sealed) <= MOST_FORMATS
+
+    def gains_by_pairs(self) -> bool:
+        """Whether pages of ordered pairs are read as quickly as exact ones: wherever they have a kernel."""
+        return can_attend_sealed(self._dtype, self._config.head_dim, self._layers[0].attention_norm.weight.device)
 
     def can_attend(self, pool: KVPool) -> bool:
         """Whether attention over these pages has a kernel: what takes its place can neither be captured nor is it exact."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from anybit.engine.config import DEFAULT_METHOD, EngineConfig
+from anybit.engine.config import AUTO_KV_FORMAT, DEFAULT_METHOD, EngineConfig
 from anybit.engine.weights.resolve import resolve_model
 from anybit.server.commands.options import (
     DeviceOption,
@@ -38,7 +38,9 @@ def offline(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="About how long random prompts are.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
     seed: Annotated[int, typer.Option(help="Decides the prompts: the same as `anybit bench serve` sends.")] = 0,
-    kv_format: Annotated[str, typer.Option(metavar="bf16|qet4|...", help="Format of keys and values.")] = "bf16",
+    kv_format: Annotated[
+        str, typer.Option(metavar="auto|bf16|qet4|...", help="Format of keys and values, as of `anybit serve`.")
+    ] = AUTO_KV_FORMAT,
     lm_head_bits: LmHeadBitsOption = 8,
     reproducible: Annotated[
         bool | None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from anybit.engine.config import DEFAULT_METHOD, QUICK_METHOD, EngineConfig
+from anybit.engine.config import AUTO_KV_FORMAT, DEFAULT_METHOD, QUICK_METHOD, EngineConfig
 from anybit.engine.logs import LOG_FORMATS, LogSettings, configure_logging
 from anybit.engine.types import ModelInfo
 from anybit.engine.weights.resolve import resolve_model
@@ -42,8 +42,12 @@ def serve(
     default_bit_width: Annotated[int, typer.Option(help="Bits for requests that name no width.")] = 4,
     widths: Annotated[str, typer.Option(help="Widths to serve; only their bits are loaded.")] = "2,3,4,6,8",
     kv_format: Annotated[
-        str, typer.Option(metavar="bf16|qet4|...", help="KV format of requests that name none.")
-    ] = "bf16",
+        str,
+        typer.Option(
+            metavar="auto|bf16|qet4|...",
+            help="KV format of requests that name none; auto is qet4 where it suits model and device, else bf16.",
+        ),
+    ] = AUTO_KV_FORMAT,
     kv_formats: Annotated[str, typer.Option(help="More formats for requests to name, such as qet4,qet2.")] = "",
     lm_head_bits: LmHeadBitsOption = 8,
     reproducible: Annotated[
