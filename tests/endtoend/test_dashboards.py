@@ -49,18 +49,30 @@ def send_load(server: ServeCommand) -> None:
 def scraped(
     tiny_checkpoint: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[queries.Prometheus]:
-    options = ("--kv-formats", ",".join(KV_FORMATS[1:]), "--kv-cache-mib", "24", "--shadow-rate", "1")
+    formats = ("--kv-format", KV_FORMATS[0], "--kv-formats", ",".join(KV_FORMATS[1:]))
+    options = (*formats, "--kv-cache-mib", "24", "--shadow-rate", "1")
     with ServeCommand(tiny_checkpoint, *options, cache=cache) as server:
         prometheus = PrometheusServer(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{server.port}")
         try:
             api = queries.Prometheus(prometheus.url)
             prometheus.wait_for(lambda: api.query("anybit_ready == 1"), "the first scrape")
             send_load(server)
-            newest = RULES_BY_KIND["record"][-1]["record"]
-            prometheus.wait_for(lambda: has_data(api.query(newest)), newest)
+            for rule in (
+                rule["record"] for rule in RULES_BY_KIND["record"] if rule["record"].startswith("model_bit_width")
+            ):
+                prometheus.wait_for(lambda rule=rule: widths_of(api.query(rule)) == widths_expected(rule), rule)
             yield api
         finally:
             prometheus.stop()
+
+
+def widths_of(found: list[queries.Series]) -> set[str]:
+    return {series.labels["bit_width"] for series in found if series.points}
+
+
+def widths_expected(expression: str) -> set[str]:
+    # The highest is what the others are compared with.
+    return set(map(str, WIDTHS)) - ({"8"} if "shadow" in expression else set())
 
 
 def has_data(found: list[queries.Series]) -> bool:
@@ -83,10 +95,7 @@ def test_panels_by_width_show_every_width(scraped: queries.Prometheus) -> None:
     for query in queries.panel_queries("bit-widths", dashboard, rate_interval="1m"):
         if query.legend != "{{bit_width}} bits":
             continue
-        found = {series.labels["bit_width"] for series in scraped.query(query.expression) if series.points}
-        # Nothing is compared with the highest width but the others.
-        wanted = set(map(str, WIDTHS)) - ({"8"} if "shadow" in query.expression else set())
-        assert found == wanted, query.expression
+        assert widths_of(scraped.query(query.expression)) == widths_expected(query.expression), query.expression
 
 
 @pytest.mark.parametrize("rule", RULES_BY_KIND["record"], ids=lambda rule: rule["record"])
