@@ -119,7 +119,7 @@ def random_subject(shape: str, config: EngineConfig, context: int) -> DecodeSubj
         device=device,
         device_name=describe_device(device),
         vocab_size=model.vocab_size,
-        kv_format=config.kv_format,
-        kv_bytes_per_token=books.formats[config.kv_format].spec.bytes_per_token,
+        kv_format=books.default,
+        kv_bytes_per_token=books.formats[books.default].spec.bytes_per_token,
         weight_bytes={width: loader.linear_bytes[width] + loader.head_bytes for width in bit_widths},
     )
