@@ -21,9 +21,8 @@ let refusedKey = null; // asking again with it would be in vain
 
 const toneOf = (width) => cards.findIndex((card) => card.bit_width === width) % NUM_TONES;
 
-/** Show a failure; the same one again is not read aloud again. */
-function say(sentence, from) {
-  const place = byId("error");
+/** Write a sentence where errors are shown; the same one again is not read aloud again. */
+function say(sentence, from, place = byId("error")) {
   if (place.textContent !== sentence) place.textContent = sentence;
   place.dataset.from = from;
 }
@@ -32,13 +31,17 @@ function say(sentence, from) {
 function showError(error, from, asked = key) {
   const known = error instanceof Failure;
   if (!known) console.error(error);
-  say(known ? error.message : "This page met an unexpected error.", from);
-  if (error.status !== 401) return;
-  refusedKey = asked;
-  if (byId("key-field").hidden) {
-    byId("key-field").hidden = false;
-    byId("key").focus();
+  const sentence = known ? error.message : "This page met an unexpected error.";
+  if (error.status !== 401) {
+    say(sentence, from);
+    return;
   }
+  refusedKey = asked;
+  const hidden = byId("key-field").hidden;
+  byId("key-field").hidden = false;
+  if (hidden) byId("key").focus();
+  byId("key").setAttribute("aria-invalid", "true");
+  say(sentence, from, byId("key-error"));
 }
 
 /** Learn what is served; throws while the model is being loaded. */
@@ -70,6 +73,8 @@ async function look() {
     await load.refresh(key);
     numLooks += 1;
     if (byId("error").dataset.from === "looking") say("", "looking");
+    byId("key").removeAttribute("aria-invalid");
+    say("", "looking", byId("key-error"));
   } catch (error) {
     if (!stopping && asked === key) showError(error, "looking", asked);
   }

@@ -256,13 +256,13 @@ def test_key_is_asked_for_and_a_wrong_one_is_named(browser: Chrome, tiny_checkpo
     with ServeCommand(tiny_checkpoint, "--api-key", "right-key", cache=cache) as server:
         browser.get(server.url)
         wait_for(browser, lambda: find(browser, "#key").is_displayed())
-        assert find(browser, "#error").text == "This server asks for an API key."
+        assert find(browser, "#key-error").text == "This server asks for an API key."
         assert browser.switch_to.active_element == find(browser, "#key")
         press(browser, "wrong-key", Keys.ENTER)
-        wait_for(browser, lambda: "does not accept" in find(browser, "#error").text)
+        wait_for(browser, lambda: "does not accept" in find(browser, "#key-error").text)
         find(browser, "#key").clear()
         find(browser, "#key").send_keys("right-key", Keys.ENTER)
-        wait_for(browser, lambda: find_all(browser, "[name=width]") and not find(browser, "#error").text)
+        wait_for(browser, lambda: find_all(browser, "[name=width]") and not find(browser, "#key-error").text)
         ask_by_keyboard(browser, 8)
         wait_for_end(browser)
         assert "2 of 2" in find(browser, "#status").text
