@@ -14,7 +14,7 @@ from anybit.server.config import ServerConfig
 from anybit.server.errors import APIError, handle_api_error, handle_http_exception
 from anybit.server.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from anybit.server.openapi import DescribedApp
-from anybit.server.routes import chat, completions, models, ops, tokens
+from anybit.server.routes import chat, completions, models, ops, page, tokens
 from anybit.server.service import Service
 from anybit.server.upgrade import Upgrade
 from anybit.server.version import anybit_version
@@ -60,7 +60,7 @@ def build_app(
     )
     app.state.service = service
     app.guarded = bool(config.api_keys)
-    for router in (completions.router, chat.router, models.router, tokens.router, ops.router):
+    for router in (completions.router, chat.router, models.router, tokens.router, ops.router, page.router):
         app.include_router(router)
     app.add_exception_handler(APIError, handle_api_error)
     app.add_exception_handler(AnyBitError, handle_api_error)
@@ -75,6 +75,11 @@ def build_app(
         count_rejection=count_rejection,
     )
     if config.api_keys:
-        app.add_middleware(BearerAuthMiddleware, keys=config.api_keys, count_rejection=count_rejection)
+        app.add_middleware(
+            BearerAuthMiddleware,
+            keys=config.api_keys,
+            open_paths=ops.OPEN_PATHS | page.OPEN_PATHS,
+            count_rejection=count_rejection,
+        )
     app.add_middleware(RequestContextMiddleware)
     return app

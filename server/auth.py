@@ -8,18 +8,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anybit.server.errors import AuthenticationError, Rejection, send_error
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
-
 
 class BearerAuthMiddleware:
-    """Guards every path outside OPEN_PATHS with a bearer key.
+    """Guards every path outside `open_paths` with a bearer key.
 
     The path is `scope["path"]`, never one rebuilt from the Host header; keys are kept as SHA-256 digests, and all of
     them are compared in constant time, so that time tells neither a key nor its place.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], count_rejection: Callable[[Rejection], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        open_paths: frozenset[str],
+        count_rejection: Callable[[Rejection], None],
+    ) -> None:
         self.app = app
+        self.open_paths = open_paths
         self.digests = tuple(hashlib.sha256(key.encode("ascii")).digest() for key in keys)
         self.count_rejection = count_rejection
 
@@ -35,7 +40,7 @@ class BearerAuthMiddleware:
         await send_error(send, AuthenticationError(message, headers={"WWW-Authenticate": "Bearer"}))
 
     def _allows(self, scope: Scope) -> bool:
-        if scope["type"] == "http" and scope["path"] in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] in self.open_paths:
             return True
         values: list[bytes] = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(values) != 1:

@@ -1,10 +1,9 @@
-"""What operators ask: /health, /ready, /version, /metrics and the front page."""
+"""What operators ask: /health, /ready, /version and /metrics."""
 
-import html
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 from anybit.engine.types import EngineState
 from anybit.server.metrics.exposition import CONTENT_TYPE
@@ -15,23 +14,9 @@ from anybit.server.version import anybit_version
 
 router = APIRouter()
 
-_UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not now."}}
+OPEN_PATHS = frozenset({"/health", "/ready"})  # what asks these holds no key
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>AnyBit</title></head>
-<body>
-<h1>AnyBit</h1>
-<p>This server answers for <code>{model}</code> at any bit-width, over an OpenAI-compatible API at <code>/v1</code>.</p>
-<ul>
-<li><a href="/v1/models">/v1/models</a>: the model and its bit-widths</li>
-<li><a href="/openapi.json">/openapi.json</a>: the API</li>
-<li><a href="/metrics">/metrics</a>: what each bit-width costs</li>
-<li><a href="/health">/health</a>, <a href="/ready">/ready</a>, <a href="/version">/version</a></li>
-</ul>
-</body>
-</html>
-"""
+_UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not now."}}
 
 
 @router.get("/health", response_model=Status, responses=_UNHEALTHY)
@@ -78,9 +63,3 @@ async def version(request: Request) -> VersionInfo:
 async def metrics(request: Request) -> Response:
     """All metrics, for Prometheus."""
     return Response(service_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-@router.get("/", response_class=HTMLResponse)
-async def page(request: Request) -> HTMLResponse:
-    """A page for people who open the server's address."""
-    return HTMLResponse(_PAGE.format(model=html.escape(service_of(request).config.model_name)))

@@ -1,4 +1,4 @@
-"""Keys guard every path but three, whatever else a request says about itself."""
+"""Keys guard every path but the page and two others, whatever else a request says about itself."""
 
 import socket
 
@@ -26,7 +26,7 @@ def raw_status(server, target: str, *headers: str) -> int:
         return int(connection.makefile("rb").readline().split()[1])
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/page/style.css", "/health", "/ready"])
 def test_open_paths_need_no_key(guarded, path):
     assert guarded.http.get(path).status_code == 200
 
@@ -94,6 +94,10 @@ def test_host_header_does_not_change_the_path(guarded, host):
     [
         "//v1/models",
         "/health/../v1/models",
+        "/page/../v1/models",
+        "/page/page.js/",
+        "/page/",
+        "/page/missing.js",
         "/v1/models?x=/health",
         "/v1/models#/health",
         "//health",

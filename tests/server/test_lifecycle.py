@@ -159,11 +159,3 @@ def test_one_model_is_shown(server):
         server.openai.models.retrieve("tiny@5bit")
     with pytest.raises(openai.NotFoundError):
         server.openai.models.retrieve("someone/else")
-
-
-def test_page_names_the_model_and_links(server):
-    response = server.http.get("/")
-    assert response.headers["content-type"].startswith("text/html")
-    assert "<code>tiny</code>" in response.text
-    assert 'href="/v1/models"' in response.text
-    assert "http" not in response.text.replace("doctype html", "")
