@@ -18,6 +18,7 @@ from anybit.engine.machine import (
     keep_freed_memory,
     physical_cores,
     resolve_device,
+    return_freed_memory,
     use_threads,
 )
 from anybit.engine.models.decoder import build_decoder
@@ -70,6 +71,7 @@ def assemble(config: EngineConfig) -> tuple[EngineCore, ModelInfo]:
         device,
         lambda specs: set_up_sealed(reader, decoder, config.default_bit_width, max_model_len, specs),
     )
+    return_freed_memory()  # what the checks have used is more than a step does
     if decoder.native is not None and not decoder.native.can_read(pool):
         logger.warning(
             "What computes all layers in one call here does not read these KV formats, so every request of this server is "

@@ -61,6 +61,13 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, _KEPT_BYTES)
 
 
+def return_freed_memory() -> None:
+    """Give the system back what the C allocator has kept of freed memory; glibc only, elsewhere nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def resolve_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is a GPU; ConfigError if CUDA is asked for and absent."""
     available = torch.cuda.is_available()

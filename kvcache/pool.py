@@ -1,12 +1,12 @@
 """The memory behind the pages."""
 
-import mmap
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from anybit.kernels.attention_inputs import ExactPages
+from anybit.kvcache.memory import zeroed
 from anybit.kvcache.sealed_pool import SealedPool, Seals
 from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
@@ -29,12 +29,7 @@ class KVPool:
         self.sealed = sealed or {}
         on_cpu = torch.device(device).type == "cpu"
         shape = (spec.num_layers, 2, num_pages + (not on_cpu), spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
-        if on_cpu:
-            # An anonymous mapping is zero and costs memory only where pages are used.
-            memory = mmap.mmap(-1, num_pages * spec.page_bytes)
-            self._pages = torch.frombuffer(memory, dtype=spec.dtype).view(shape)
-        else:
-            self._pages = torch.zeros(shape, dtype=spec.dtype, device=device)
+        self._pages = zeroed(shape, spec.dtype, device)
 
     @property
     def scratch_page(self) -> int:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from anybit.kvcache.codec.pages import PageCodec
 from anybit.kvcache.formats import TAIL_DTYPE, KVFormat, codec_of
+from anybit.kvcache.memory import zeroed
 
 
 class SealedPages:
@@ -18,8 +19,8 @@ class SealedPages:
     ) -> None:
         key_bytes, value_bytes = kv_format.record_bytes(head_dim)
         self.exact_tokens = kv_format.exact_tokens(head_dim)
-        self.keys = torch.zeros(num_pages, num_kv_heads, key_bytes, dtype=torch.uint8, device=device)
-        self.values = torch.zeros(num_pages, num_kv_heads, value_bytes, dtype=torch.uint8, device=device)
+        self.keys = zeroed((num_pages, num_kv_heads, key_bytes), torch.uint8, device)
+        self.values = zeroed((num_pages, num_kv_heads, value_bytes), torch.uint8, device)
         self._head_dim = head_dim
         self.codecs = codec_of(kv_format.keys, True), codec_of(kv_format.values, False)
 

@@ -26,7 +26,7 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def demo(demo_cache: Path) -> Iterator[ServeCommand]:
     """`anybit serve` on a machine that has never seen it: download, round to nearest, serve."""
-    with ServeCommand("--method", "rtn", cache=demo_cache, ready_timeout=900) as server:
+    with ServeCommand("--method", "rtn", "--kv-formats", "bf16", cache=demo_cache, ready_timeout=900) as server:
         yield server
 
 
@@ -128,6 +128,7 @@ def test_demo_scores_real_text_as_a_direct_pass_does(demo: ServeCommand, demo_ca
     decoder = build_decoder(config, NestedLoader(CheckpointReader(checkpoint), WIDTHS, 8), 512)
     for width in (8, 4):
         request = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "bit_width": width}
+        request["kv_format"] = "bf16"
         answer = httpx.post(f"{demo.url}/v1/completions", json=request, timeout=300).json()
         values = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids)])
         variant = Variant(str(width), decoder, width, "bf16", 0.0)
