@@ -94,7 +94,9 @@ def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> B
     groups = _attention_groups([place for place in placed if is_exact(place[0].sequence.kv_format)])
     sealed_formats = sorted({chunk.sequence.kv_format for chunk in ordered} - EXACT_FORMATS.keys())
     numbers = {name: number for number, name in enumerate(sealed_formats)}
-    row_formats = [numbers.get(chunk.sequence.kv_format, -1) for chunk in ordered for _ in range(chunk.num_tokens)]
+    row_formats: list[int] = []
+    for chunk in ordered if sealed_formats else ():
+        row_formats += [numbers.get(chunk.sequence.kv_format, -1)] * chunk.num_tokens
     tensors = int64_tensors(
         [
             token_ids,

@@ -78,10 +78,10 @@ def _serve(core: EngineCore, channel: EngineChannel, warm_up: WarmUp) -> None:
         is_idle = not core.has_work
         if not is_idle:
             events += core.step()
-        elif was_busy:
-            core.check_integrity()
         if events:
             channel.send(Events(events))
+        if (was_busy or not is_idle) and not core.has_work:
+            core.check_integrity()
         now = time.monotonic()
         if now - last_heartbeat >= _HEARTBEAT_SECONDS or was_busy != core.has_work:
             channel.send(Heartbeat(core.take_stats(resident_bytes())))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anybit.kernels import fallbacks
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.cuda.seal import PageSeals, can_seal, seal_pages
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.balance import PageBasis
-from anybit.kvcache.formats import is_rotated
+from anybit.kvcache.formats import TAIL_DTYPE, is_rotated
 from anybit.kvcache.gpu_records import layer_records
 from anybit.kvcache.seal_clock import SealClock
 from anybit.kvcache.sealed import SealedPages
@@ -138,6 +139,8 @@ class _AlikeLayers:
             own = ExactPages(own_keys, own_values)
             seal_pages(own, self._gpu_records, PageSeals(*places, self._first.exact_tokens))
         else:
+            if own_keys.is_cuda and own_keys.dtype == TAIL_DTYPE:  # served pages, not those of a check
+                fallbacks.record("seal", "no kernel seals this format or head size here, so PyTorch does")
             self._seal(own_keys, own_values, seals)
 
     def _seal(self, own_keys: Tensor, own_values: Tensor, seals: Seals) -> None:

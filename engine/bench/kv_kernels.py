@@ -78,7 +78,7 @@ class KernelTimer:
         self._device = device
 
     @torch.inference_mode()
-    def library_attention(self, batch: int, context: int) -> dict[str, float]:
+    def pytorch_attention(self, batch: int, context: int) -> dict[str, float]:
         """Of PyTorch's attention over keys and values that lie together; without those of `LIBRARY` that can't run."""
         sizes = (batch, self._config.num_kv_heads, context, self._config.head_dim)
         copies = [(self._random(*sizes), self._random(*sizes)) for _ in range(_num_copies(2 * 2 * math.prod(sizes)))]
@@ -201,7 +201,7 @@ def kernel_rows(
     progress(done, total)
     for batch, context in cells:
         try:
-            library = timer.library_attention(batch, context)
+            library = timer.pytorch_attention(batch, context)
             add(_attention_row(OWN_FORMAT, batch, context, timer.exact_attention(batch, context), library))
             for name in kv_formats:
                 add(_attention_row(name, batch, context, timer.sealed_attention(name, batch, context), library))

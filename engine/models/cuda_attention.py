@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybit.engine.batch import BatchPlan
-from anybit.engine.kv.sealed_batch import SealedGroup
+from anybit.engine.batch import AttentionGroup, BatchPlan
+from anybit.engine.kv.sealed_batch import SealedGroup, SealedRows
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.attention_inputs import AttentionSettings
@@ -82,8 +82,9 @@ class CudaAttention:
     def splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention | SealedSplits | None:
         """Where each row is the only token of its sequence, in their order, and all are of one format; else None."""
         if not plan.sealed:
-            by_row = _is_by_row(plan.attention_groups[0].row_ids, q) and can_attend(q.dtype, self._own.keys)
-            return self._exact_splits(q, plan) if by_row else None
+            exact = plan.attention_groups[0]
+            by_row = _is_by_row(exact.row_ids, q) and can_attend(q.dtype, self._own.keys)
+            return self._exact_splits(q, exact) if by_row else None
         rows = plan.sealed[0]
         part = self._sealed[rows.kv_format]
         if plan.attention_groups or len(plan.sealed) > 1 or part.records is None:
@@ -91,50 +92,40 @@ class CudaAttention:
         group = rows.groups[0]
         if not _is_by_row(group.row_ids, q):
             return None
-        if rows.seals is not None:
-            part.pool.seal_layer(self._layer, self._own, rows.seals)
-        tables = SealedTables(group.tables.sealed, group.tables.first, group.tables.own)
-        settings = self._heads.settings
-        return attend_sealed_splits(q[:, None], part.records, self._own, tables, group.positions, settings)
+        self._seal(part, rows)
+        return attend_sealed_splits(
+            q[:, None], part.records, self._own, _tables(group), group.positions, self._heads.settings
+        )
 
     def __call__(self, q: Tensor, plan: BatchPlan) -> Tensor:
         """What `queries` has returned -> [rows, heads, head_dim], in the model's basis. Full pages are sealed first."""
         attended = torch.empty_like(q)
         for group in plan.attention_groups:
             if _is_by_row(group.row_ids, q) and can_attend(q.dtype, self._own.keys):
-                self._exact_splits(q, plan).merged(attended)
-                continue
-            settings = self._heads.settings
-            attended[group.row_ids] = dispatch.paged_attention(
-                q[group.row_ids],
-                self._own.keys,
-                self._own.values,
-                group.block_tables,
-                group.positions,
-                settings.scale,
-                settings.window,
-                settings.softcap,
-            )
+                self._exact_splits(q, group).merged(attended)
+            else:
+                attended[group.row_ids] = dispatch.paged_attention(*self._exact_arguments(q[group.row_ids], group))
         for rows in plan.sealed:
             part = self._sealed[rows.kv_format]
-            if rows.seals is not None:
-                part.pool.seal_layer(self._layer, self._own, rows.seals)
+            self._seal(part, rows)
             for sealed_group in rows.groups:
                 self._attend_sealed(q, part, sealed_group, attended)
         return attended
 
-    def _exact_splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention:
-        group, settings = plan.attention_groups[0], self._heads.settings
-        return attend_splits(
-            q[:, None],
-            self._own.keys,
-            self._own.values,
-            group.block_tables,
-            group.positions,
-            settings.scale,
-            settings.window,
-            settings.softcap,
-        )
+    def _exact_splits(self, q: Tensor, group: AttentionGroup) -> SplitAttention:
+        return attend_splits(*self._exact_arguments(q[:, None], group))
+
+    def _exact_arguments(
+        self, queries: Tensor, group: AttentionGroup
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, float | None]:
+        """Of attention over exact pages; queries [seqs, tokens, heads, head_dim]."""
+        own, settings = self._own, self._heads.settings
+        pages = (own.keys, own.values, group.block_tables, group.positions)
+        return queries, *pages, settings.scale, settings.window, settings.softcap
+
+    def _seal(self, part: _SealedPart, rows: SealedRows) -> None:
+        if rows.seals is not None:
+            part.pool.seal_layer(self._layer, self._own, rows.seals)
 
     def _attend_sealed(self, q: Tensor, part: _SealedPart, group: SealedGroup, attended: Tensor) -> None:
         by_row = _is_by_row(group.row_ids, q)
@@ -145,9 +136,8 @@ class CudaAttention:
             result = attend(queries, self._own, pages, group.tables, group.positions, settings)
             attended[group.row_ids] = basis.restored_values(result).to(q.dtype)
             return
-        tables = SealedTables(group.tables.sealed, group.tables.first, group.tables.own)
         result = attended[:, None] if by_row else torch.empty_like(queries)
-        attend_sealed(queries, part.records, self._own, tables, group.positions, settings, result)
+        attend_sealed(queries, part.records, self._own, _tables(group), group.positions, settings, result)
         if not by_row:
             attended[group.row_ids] = result
 
@@ -181,6 +171,10 @@ class CudaAttention:
 def _is_by_row(row_ids: Tensor, q: Tensor) -> bool:
     """Whether a group is one token of each sequence, in the order of the rows."""
     return row_ids.shape == (len(q), 1)
+
+
+def _tables(group: SealedGroup) -> SealedTables:
+    return SealedTables(group.tables.sealed, group.tables.first, group.tables.own)
 
 
 def attention_layers(heads: Sequence[HeadSpec], pool: KVPool, dtype: torch.dtype) -> list[CudaAttention]:

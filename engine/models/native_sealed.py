@@ -59,9 +59,9 @@ class PagePart:
 def parts_by_page(plan: BatchPlan, formats: Sequence[str]) -> Iterator[PagePart]:
     """In the order in which they are computed; exact formats' rows are all in the first."""
     num_parts = max(_num_own_pages(group) for rows in plan.sealed for group in rows.groups)
-    all_formats = torch.full((len(plan.positions),), -1, dtype=torch.int64)
-    for rows in plan.sealed:
-        all_formats[rows.row_ids] = formats.index(rows.kv_format)
+    # Exact rows have the number -1 in the plan, and so the last one here.
+    numbers = torch.tensor([*(formats.index(rows.kv_format) for rows in plan.sealed), -1])
+    all_formats = numbers[plan.row_formats]
     for number in range(num_parts):
         chosen = [(rows, group, _tokens_of_page(group, number)) for rows in plan.sealed for group in rows.groups]
         chosen = [(rows, group, tokens) for rows, group, tokens in chosen if tokens.start < tokens.stop]

@@ -81,18 +81,40 @@ def test_rules_are_those_of_prometheus() -> None:
     assert build_rules.TARGET.read_text() == build_rules.rendered(), "run python deploy/kubernetes/build_rules.py"
 
 
-def test_kustomize_puts_the_server_on_a_gpu() -> None:
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed")
-    done = subprocess.run([kubectl, "kustomize", DIRECTORY / "gpu"], capture_output=True, text=True, check=True)
-    documents = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
-    assert set(documents) == set(BASE)
-    kubernetes_validate.validate(documents["Deployment"], "1.31", strict=True)
-    server = documents["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+def patched(base: Any, patch: Any) -> Any:
+    """A strategic merge: fields one by one, containers by their names, other lists as a whole."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        return base | {key: patched(base.get(key), value) for key, value in patch.items()}
+    if isinstance(base, list) and all("name" in item for item in patch if isinstance(item, dict)):
+        by_name = {item["name"]: item for item in patch if isinstance(item, dict)}
+        assert by_name.keys() <= {item["name"] for item in base if isinstance(item, dict)}, "a patch of nothing"
+        return [patched(item, by_name.get(item["name"], {})) for item in base] if by_name else patch
+    return patch
+
+
+def check_gpu_deployment(deployment: dict[str, Any]) -> None:
+    kubernetes_validate.validate(deployment, "1.31", strict=True)
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
     assert server["image"] == "anybit:cuda"
     assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert server["livenessProbe"] == SERVER["livenessProbe"]
+
+
+def test_the_patch_puts_the_server_on_a_gpu() -> None:
+    overlay = yaml.safe_load((DIRECTORY / "gpu/kustomization.yaml").read_text())
+    assert overlay["resources"] == ["../base"]
+    (patch,) = (yaml.safe_load((DIRECTORY / "gpu" / entry["path"]).read_text()) for entry in overlay["patches"])
+    check_gpu_deployment(patched(BASE[patch["kind"]], patch))
+
+
+def test_kustomize_reads_the_same() -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")  # Debian's knows no such patches; the test above needs none
+    done = subprocess.run([kubectl, "kustomize", DIRECTORY / "gpu"], capture_output=True, text=True, check=True)
+    documents = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
+    assert set(documents) == set(BASE)
+    check_gpu_deployment(documents["Deployment"])
 
 
 def load(path: Path) -> ModuleType:

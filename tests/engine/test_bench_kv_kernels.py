@@ -25,7 +25,7 @@ class FakeTimer(KernelTimer):
         super().__init__(MODELS["llama-3.1-8b"], torch.device("cpu"))
         self._library = library
 
-    def library_attention(self, batch: int, context: int) -> dict[str, float]:
+    def pytorch_attention(self, batch: int, context: int) -> dict[str, float]:
         return self._library
 
     def exact_attention(self, batch: int, context: int) -> float:

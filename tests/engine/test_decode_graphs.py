@@ -1,7 +1,5 @@
 """Captured decode steps: what they compute, for whom, and how they are padded."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,18 +7,13 @@ from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
 from anybit.engine.chunk import Chunk
 from anybit.engine.decode_graphs import DecodeGraphs, StepResult, padded_pages, padded_rows, row_alignment
-from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.runner import Runner, _launched
 from anybit.engine.sampling import UNDECIDED, FoundTokens
 from anybit.engine.sequence import Sequence
 from anybit.engine.step_inputs import StepShape
-from anybit.engine.weights.checkpoint import CheckpointReader
-from anybit.engine.weights.huggingface_source import HuggingFaceSource
-from anybit.engine.weights.loader import NestedLoader
 from anybit.kernels import fallbacks, reference
 from anybit.kernels.layout import BIT_WIDTHS
 from tests.fixtures.engine import make_core, make_request, run
-from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
 
 
 def test_rows_and_pages_are_padded_to_few_sizes():
@@ -73,16 +66,6 @@ def test_a_sequence_that_was_undecided_once_is_followed_by_no_early_step():
     assert runner.can_launch_after(step)
     assert step.result(True).is_undecided
     assert not runner.can_launch_after(step)
-
-
-@pytest.fixture(scope="module")
-def tiny_gpu_decoder(tmp_path_factory):
-    model = tiny_llama(hidden_size=192, intermediate_size=320, head_dim=64)
-    source = HuggingFaceSource(save_llama(model, tmp_path_factory.mktemp("source")))
-    directory = tmp_path_factory.mktemp("checkpoint")
-    quantize(source, directory, QuantizeOptions(method="rtn"))
-    config = json.loads((directory / "config.json").read_text())
-    return decoder_of(config, NestedLoader(CheckpointReader(directory), BIT_WIDTHS, 8, "cuda"), "cuda")
 
 
 @pytest.mark.gpu

@@ -12,16 +12,13 @@ import pytest
 from anybit.engine import decode_graphs, process
 from anybit.engine.decode_graphs import MAX_SHAPES, DecodeGraphs
 from anybit.engine.messages import FRAME_HEADER, EngineChannel, Events, Generate, decode_from_engine, encode_frame
-from anybit.engine.quantize.run import QuantizeOptions, quantize
 from anybit.engine.step_inputs import StepShape
 from anybit.engine.types import KVFormatInfo
 from anybit.engine.warm_up import MOST_SHAPES, WarmUp, first_requests, likely_shapes
 from anybit.engine.weights.checkpoint import CheckpointReader
-from anybit.engine.weights.huggingface_source import HuggingFaceSource
 from anybit.engine.weights.loader import NestedLoader
-from anybit.kernels.layout import BIT_WIDTHS
 from tests.fixtures.engine import make_core, make_request, run
-from tests.fixtures.tiny_llama import decoder_of, save_llama, tiny_llama
+from tests.fixtures.tiny_llama import decoder_of
 from tests.server.fake_engine import model_info
 
 
@@ -254,16 +251,6 @@ def test_nothing_is_captured_ahead_when_memory_is_short(graphs, monkeypatch):
     assert graphs._steps == {}
 
 
-@pytest.fixture(scope="module")
-def gpu_decoder(tmp_path_factory):
-    model = tiny_llama(hidden_size=192, intermediate_size=320, head_dim=64)
-    source = HuggingFaceSource(save_llama(model, tmp_path_factory.mktemp("source")))
-    directory = tmp_path_factory.mktemp("checkpoint")
-    quantize(source, directory, QuantizeOptions(method="rtn"))
-    config = json.loads((directory / "config.json").read_text())
-    return decoder_of(config, NestedLoader(CheckpointReader(directory), BIT_WIDTHS, 8, "cuda"), "cuda")
-
-
 def served_on_gpu(kv_format):
     return served(max_num_seqs=8, max_model_len=512, vocab_size=500, kv_formats=[KVFormatInfo(kv_format, 64, 4096)])
 
@@ -277,11 +264,11 @@ def mixed_requests():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_format", ["bf16", "qet4"])
-def test_answers_after_a_warm_up_are_those_without_and_no_page_is_touched(gpu_decoder, kv_format):
+def test_answers_after_a_warm_up_are_those_without_and_no_page_is_touched(tiny_gpu_decoder, kv_format):
     requests = mixed_requests()
-    expected = run(make_core(gpu_decoder, kv_format=kv_format), requests)
+    expected = run(make_core(tiny_gpu_decoder, kv_format=kv_format), requests)
 
-    core = make_core(gpu_decoder, kv_format=kv_format)
+    core = make_core(tiny_gpu_decoder, kv_format=kv_format)
     warm_up = WarmUp(core, served_on_gpu(kv_format))
     warm_up.before_serving()
     stats = core.take_stats()
@@ -296,7 +283,7 @@ def test_answers_after_a_warm_up_are_those_without_and_no_page_is_touched(gpu_de
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_format", ["bf16", "qet4"])
-def test_every_likely_step_is_captured_once_and_none_again(gpu_decoder, kv_format, monkeypatch):
+def test_every_likely_step_is_captured_once_and_none_again(tiny_gpu_decoder, kv_format, monkeypatch):
     captured = []
 
     class Counted(decode_graphs._CapturedStep):
@@ -305,7 +292,7 @@ def test_every_likely_step_is_captured_once_and_none_again(gpu_decoder, kv_forma
             super().__init__(shape, *others)
 
     monkeypatch.setattr(decode_graphs, "_CapturedStep", Counted)
-    core = make_core(gpu_decoder, kv_format=kv_format)
+    core = make_core(tiny_gpu_decoder, kv_format=kv_format)
     model = served_on_gpu(kv_format)
     warm_up = WarmUp(core, model)
     warm_up.before_serving()
