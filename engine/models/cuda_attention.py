@@ -11,16 +11,16 @@ from anybit.engine.kv.sealed_batch import SealedGroup, SealedRows
 from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.attention_inputs import AttentionSettings
-from anybit.kernels.cuda.attention import SplitAttention, attend_splits, can_attend
+from anybit.kernels.cuda.attention import attend_splits, can_attend
 from anybit.kernels.cuda.rotary import HeadNorms, LayerBases, RowPlaces, rotate_and_store
 from anybit.kernels.cuda.sealed_attention import (
     SealedRecords,
-    SealedSplits,
     SealedTables,
     attend_sealed,
     attend_sealed_splits,
     can_attend_sealed,
 )
+from anybit.kernels.cuda.split_attention import SplitAttention
 from anybit.kvcache.attention import attend
 from anybit.kvcache.gpu_records import sealed_records
 from anybit.kvcache.pool import KVPool
@@ -79,7 +79,7 @@ class CudaAttention:
             self._bases_of(tuple(rows.kv_format for rows in plan.sealed)),
         )
 
-    def splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention | SealedSplits | None:
+    def splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention | None:
         """Where each row is the only token of its sequence, in their order, and all are of one format; else None."""
         if not plan.sealed:
             exact = plan.attention_groups[0]

@@ -1,14 +1,13 @@
 """Paged attention on an NVIDIA GPU, over bfloat16 keys and values."""
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.activations import Activations, InputForm
-from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes
-from anybit.kernels.cuda.fragments import TILE_COLUMNS, TILE_TOKENS
+from anybit.kernels.cuda.driver import can_launch, defined, integers, load_kernel, max_shared_bytes
+from anybit.kernels.cuda.fragments import TILE_COLUMNS
+from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 
 _PAGE = 64  # keys; as in source/attention.cu, like the numbers below
@@ -17,7 +16,7 @@ _ROWS = 16
 _WARPS = 4
 _BLOCK = 64  # dimensions
 _MAX_HEAD_DIM = 256
-_MERGED_TOGETHER = 4  # sequences of a block
+_MERGE = Merge("attention", "merge_rows", "merge_prepare", TILE_COLUMNS, sequences=4, threads=128)
 
 
 class _Problem(ctypes.Structure):
@@ -72,41 +71,6 @@ def paged_attention(
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class SplitAttention:
-    """What one token of each sequence has attended to, split by split of its keys; `merged` puts it together."""
-
-    q: Tensor  # [sequences, 1, heads, head_dim]
-    problem: _Problem
-    constants: dict[str, int]
-    splits: int
-    kept: tuple[Tensor, ...]  # what `problem` points to
-
-    def merged(self, out: Tensor | None = None) -> Tensor:
-        """[sequences, 1, heads, head_dim] in q's dtype; rows at negative positions are left as they are."""
-        out = torch.empty_like(self.q) if out is None else out
-        self.problem.out = out.data_ptr()
-        sequences = self.q.shape[0]
-        kernel = load_kernel("attention", "merge_rows", defined(**self.constants))
-        grid = (-(-self.q[0].numel() // TILE_COLUMNS), -(-sequences // _MERGED_TOGETHER), 1)
-        kernel.launch(grid, 32 * _MERGED_TOGETHER, [self.problem, *integers(self.splits, sequences)])
-        return out
-
-    def prepared(self, start: int, stop: int, form: InputForm) -> Activations:
-        """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as inputs of a product."""
-        activations = Activations.allocate(stop - start, self.q[0].numel(), form, self.q.device)
-        kernel = load_kernel("attention", "merge_prepare", defined(**self.constants, **form.defines))
-        arguments: list[Argument] = [
-            self.problem,
-            *integers(self.splits, start, stop - start),
-            *activations.addresses,
-            *integers(activations.slots, form.pass_tiles),
-        ]
-        token_tiles = activations.slots // TILE_TOKENS
-        kernel.launch((activations.column_tiles, token_tiles, 1), 32 * _MERGED_TOGETHER, arguments)
-        return activations
-
-
 def attend_splits(
     q: Tensor,
     k_pages: Tensor,
@@ -138,7 +102,7 @@ def attend_splits(
     kernel = load_kernel("attention", "attend_splits", defined(**constants), shared_bytes)
     grid = (splits, kv_heads * row_tiles, sequences)
     kernel.launch(grid, 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
-    return SplitAttention(q, problem, constants, splits, (positions, sums, norms))
+    return SplitAttention(q, problem, constants, splits, _MERGE, (positions, sums, norms))
 
 
 def _rows_shared_bytes(head_dim: int) -> int:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
-from anybit.kernels.cuda.activations import Activations, InputForm
 from anybit.kernels.cuda.driver import (
-    Argument,
     can_launch,
     defined,
     integers,
@@ -19,6 +17,7 @@ from anybit.kernels.cuda.driver import (
     num_multiprocessors,
 )
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
+from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.page_layout import PAGE_TOKENS, pair_layout
 
@@ -120,47 +119,6 @@ def attend_sealed(
     kernel.launch(grid, 32 * warps, [problem, *integers(page_tiles)], shared_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class SealedSplits:
-    """What one token of each sequence has attended to, split by split of its pages; `merged` puts it together."""
-
-    q: Tensor  # [sequences, 1, heads, head_dim]
-    problem: _Problem
-    constants: dict[str, int]
-    splits: int
-    kept: tuple[Tensor, ...]  # what `problem` points to
-
-    def merged(self, out: Tensor | None = None) -> Tensor:
-        """[sequences, 1, heads, head_dim] in q's dtype; rows at negative positions are left as they are."""
-        out = torch.empty_like(self.q) if out is None else out
-        self.problem.out = out.data_ptr()
-        kernel = load_kernel("sealed_attention", "merge_sealed", defined(**self.constants))
-        kernel.launch((self._blocks, len(self.q), 1), self._columns, [self.problem, *integers(self.splits)])
-        return out
-
-    def prepared(self, start: int, stop: int, form: InputForm) -> Activations:
-        """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as inputs of a product."""
-        activations = Activations.allocate(stop - start, self.q[0].numel(), form, self.q.device)
-        kernel = load_kernel("sealed_attention", "merge_sealed_prepare", defined(**self.constants, **form.defines))
-        arguments: list[Argument] = [
-            self.problem,
-            *integers(self.splits, start, stop - start),
-            *activations.addresses,
-            *integers(activations.slots, form.pass_tiles),
-        ]
-        kernel.launch((self._blocks, activations.slots, 1), self._columns, arguments)
-        return activations
-
-    @property
-    def _columns(self) -> int:
-        """Of a block."""
-        return max(self.q.shape[3], TILE_COLUMNS)
-
-    @property
-    def _blocks(self) -> int:
-        return -(-self.q[0].numel() // self._columns)
-
-
 def attend_sealed_splits(
     q: Tensor,
     pages: SealedRecords,
@@ -168,7 +126,7 @@ def attend_sealed_splits(
     tables: SealedTables,
     positions: Tensor,
     settings: AttentionSettings,
-) -> SealedSplits:
+) -> SplitAttention:
     """`attend_sealed` of one token a sequence, to be merged."""
     sequences, _, heads, head_dim = q.shape
     problem = _problem(q, pages, own, tables, positions, settings)
@@ -188,7 +146,10 @@ def attend_sealed_splits(
         grid = (-(-splits * tiles // _SPLIT_PAGES), sequences, 1)
         kernel.launch(grid, 32 * _SPLIT_PAGES, [problem, *integers(splits, tiles)], shared_bytes)
     constants["MERGED_TOGETHER"] = _FEW_TOGETHER if splits <= _FEW_SPLITS else _MANY_TOGETHER
-    return SealedSplits(q, problem, constants, splits, (positions, partial, norms))
+    # A thread a dimension of a head, or of as many heads as a product's tile has columns.
+    columns = max(head_dim, TILE_COLUMNS)
+    merge = Merge("sealed_attention", "merge_sealed", "merge_sealed_prepare", columns, sequences=1, threads=columns)
+    return SplitAttention(q, problem, constants, splits, merge, (positions, partial, norms))
 
 
 def _problem(

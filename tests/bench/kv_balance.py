@@ -14,27 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kv_inputs import describe_machine
-from tokenizers import Tokenizer
+from kv_reference import Reference, add_options
 from torch import Tensor
 
-from anybit.engine.evaluate.comparison import Comparison
-from anybit.engine.evaluate.perplexity import score_windows
-from anybit.engine.evaluate.text import read_text, windows
 from anybit.engine.evaluate.variant import Variant
-from anybit.engine.kv.cache import OWN_FORMAT
 from anybit.engine.kv.key_balance import KeyBalance
 from anybit.engine.kv.prompt_heads import prompt_tokens, read_heads
 from anybit.engine.kv.sealed_setup import SealedSetup
 from anybit.engine.kv.selfcheck import MOST_TOKENS, check_format
-from anybit.engine.machine import keep_freed_memory, physical_cores, resolve_device, use_threads
 from anybit.engine.models.decoder import Decoder
 from anybit.engine.quantize.kv_calibration import key_windows
-from anybit.engine.weights.checkpoint import CheckpointReader
-from anybit.engine.weights.resolve import resolve_model
 from anybit.kvcache.spec import KVSpec
-
-WIDTHS = (2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +39,20 @@ class Measured:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="an AnyBit checkpoint; without it the demo model's")
-    parser.add_argument("--text", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--kv-format", default="qet4,qet2")
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--max-tokens", type=int, default=8192)
-    parser.add_argument("--bit-width", type=int, default=8)
     arguments = parser.parse_args()
-    device = resolve_device("cpu")
-    use_threads(physical_cores(), device)
-    keep_freed_memory()
-    reader = CheckpointReader(resolve_model(arguments.model, "best", None, WIDTHS).checkpoint)
-    (reference,) = Comparison(reader, arguments.context, 8, (OWN_FORMAT,), device).nested((arguments.bit_width,))
-    weights = weights_by_source(reader.directory, arguments.calibration, reference)
+    reference = Reference.open(arguments)
+    directory, variant = reference.reader.directory, reference.variant
+    weights = weights_by_source(directory, arguments.calibration, variant)
     measured = [
-        found
-        for name in arguments.kv_format.split(",")
-        for found in measured_ways(reader.directory, reference, name, weights)
+        found for name in arguments.kv_format.split(",") for found in measured_ways(directory, variant, name, weights)
     ]
-    tokenizer = Tokenizer.from_file(str(reader.directory / "tokenizer.json"))
-    token_ids = tokenizer.encode(read_text(arguments.text), add_special_tokens=False).ids
-    score_windows(
-        [reference, *(found.variant for found in measured)],
-        windows(token_ids, arguments.context, arguments.max_tokens),
-        reference,
-        lambda done, total: print(f"{done} of {total}", flush=True),
-    )
+    reference.score([found.variant for found in measured])
     report = {
-        "model": reader.manifest.source_name,
-        "text": arguments.text.name,
+        **reference.about(),
         "calibration": arguments.calibration.name,
-        "tokens": reference.tokens,
-        "context": arguments.context,
-        "bit_width": arguments.bit_width,
-        "machine": describe_machine(device),
         "rows": [
             {
                 "kv_format": found.variant.kv_format,

@@ -9,24 +9,16 @@ and all else as codes, in every layer. `bf16 as codes` changes nothing: it shows
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from kv_compared import PageFormat, page_formats
-from kv_inputs import describe_machine
+from kv_reference import Reference, add_options
 from kv_rivals import ExactCodec
-from tokenizers import Tokenizer
 
-from anybit.engine.evaluate.comparison import Comparison
-from anybit.engine.evaluate.perplexity import score_windows
-from anybit.engine.evaluate.text import read_text, windows
 from anybit.engine.evaluate.variant import Variant
 from anybit.engine.kv.cache import OWN_FORMAT
-from anybit.engine.machine import keep_freed_memory, physical_cores, resolve_device, use_threads
 from anybit.engine.models.config import DecoderConfig
-from anybit.engine.weights.checkpoint import CheckpointReader
-from anybit.engine.weights.resolve import resolve_model
 from anybit.kernels.page_layout import PAGE_TOKENS
 from anybit.kvcache.formats import MAX_EXACT_TOKENS, TAIL_DTYPE, parse_format
 from anybit.kvcache.pool import KVPool
@@ -34,7 +26,6 @@ from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.sealed_pool import SealedLayer, SealedPool
 from anybit.kvcache.spec import KVSpec
 
-WIDTHS = (2, 3, 4, 6, 8)
 REPLACED = "uniform4"
 """The served format whose pages make way for the compared ones."""
 
@@ -42,34 +33,17 @@ REPLACED = "uniform4"
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="an AnyBit checkpoint; without it the demo model's")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--formats", required=True, help="of kv_compared.py, by semicolons")
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--max-tokens", type=int, default=8192)
-    parser.add_argument("--bit-width", type=int, default=8)
     arguments = parser.parse_args()
-    device = resolve_device("cpu")
-    use_threads(physical_cores(), device)
-    keep_freed_memory()
-    reader = CheckpointReader(resolve_model(arguments.model, "best", None, WIDTHS).checkpoint)
-    tokenizer = Tokenizer.from_file(str(reader.directory / "tokenizer.json"))
-    token_ids = tokenizer.encode(read_text(arguments.text), add_special_tokens=False).ids
-    (reference,) = Comparison(reader, arguments.context, 8, (OWN_FORMAT,), device).nested((arguments.bit_width,))
+    reference = Reference.open(arguments)
     formats = page_formats()
     compared = {name: formats[name] for name in arguments.formats.split(";")}
-    variants = [reference, *(variant_of(reference, name, used, arguments.context) for name, used in compared.items())]
-    token_windows = windows(token_ids, arguments.context, arguments.max_tokens)
-    score_windows(variants, token_windows, reference, lambda done, total: print(f"{done} of {total}", flush=True))
+    variants = [variant_of(reference.variant, name, used, arguments.context) for name, used in compared.items()]
+    reference.score(variants)
     report = {
-        "model": reader.manifest.source_name,
-        "text": arguments.text.name,
-        "tokens": reference.tokens,
-        "context": arguments.context,
-        "bit_width": arguments.bit_width,
-        "machine": describe_machine(device),
-        "rows": [row_of(variant, compared.get(variant.kv_format)) for variant in variants],
+        **reference.about(),
+        "rows": [row_of(variant, compared.get(variant.kv_format)) for variant in (reference.variant, *variants)],
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

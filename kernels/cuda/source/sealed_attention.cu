@@ -149,11 +149,11 @@ attend_sealed_splits(SealedProblem problem, int splits, int tiles) {
 
 // A grid of (heads / kMergedHeads, sequences).
 extern "C" __global__ void __launch_bounds__(kMergedColumns)
-merge_sealed(SealedProblem problem, int splits) {
+merge_sealed(SealedProblem problem, int splits, int sequences) {
     __shared__ __align__(16) float result[kMergedColumns];
     launch_dependents();
     const int sequence = blockIdx.y, first = blockIdx.x * kMergedColumns, columns = problem.heads * HEAD_DIM;
-    if (problem.positions[sequence] < 0) {
+    if (sequence >= sequences || problem.positions[sequence] < 0) {
         wait_for_inputs();
         return;
     }
