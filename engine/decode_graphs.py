@@ -198,18 +198,21 @@ class _CapturedStep:
         if tokens is not None:
             torch.clamp(tokens, min=0, out=self._inputs.token_ids)
         self._graph.replay()
-        for name in self._shape.sealed_formats:
-            written = [
-                (sequence, sequence.num_computed + ahead, 1) for sequence in sequences if sequence.kv_format == name
-            ]
-            seals = seals_of(written, self._logits.device)
-            if seals is not None:
-                self._pool.seal(name, seals)
         copied = next(self._copies)
         copied.copy_(self._tokens, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
+        self._seal(sequences, ahead)  # the tokens do not wait for it, the next step does
         return LaunchedDecode(sequences, rows, self._shape, self._logits, self._tokens, copied, done)
+
+    def _seal(self, sequences: ReadOnly[Sequence], ahead: int) -> None:
+        """Encode the pages that the step has filled."""
+        for name in self._shape.sealed_formats:
+            of_format = [sequence for sequence in sequences if sequence.kv_format == name]
+            written = [(sequence, sequence.num_computed + ahead, 1) for sequence in of_format]
+            seals = seals_of(written, self._logits.device)
+            if seals is not None:
+                self._pool.seal(name, seals)
 
     def _compute(self, decoder: Decoder, plan: BatchPlan, pool: KVPool) -> Tensor:
         """The tokens; what is kept of a graph's own memory is these alone."""

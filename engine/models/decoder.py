@@ -74,7 +74,9 @@ class Decoder:
         if (
             self.native is not None
         ):  # also for rows of exact formats, whose bits must not depend on the rows beside them
-            fallbacks.record("sealed_attention", "what computes all layers in one call does not read pages of this format")
+            fallbacks.record(
+                "sealed_attention", "what computes all layers in one call does not read pages of this format"
+            )
         hidden = hidden.to(self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, plan, pool)
