@@ -18,6 +18,7 @@ from kv_reference import Reference, add_options
 from torch import Tensor
 
 from anybit.engine.evaluate.variant import Variant
+from anybit.engine.kv import prompt_heads
 from anybit.engine.kv.key_balance import KeyBalance
 from anybit.engine.kv.prompt_heads import prompt_tokens, read_heads
 from anybit.engine.kv.sealed_setup import SealedSetup
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--kv-format", default="qet4,qet2")
     arguments = parser.parse_args()
+    if arguments.context < prompt_heads.MOST_TOKENS:
+        parser.error(f"--context is at least {prompt_heads.MOST_TOKENS}, as many tokens as weights are estimated from.")
     reference = Reference.open(arguments)
     directory, variant = reference.reader.directory, reference.variant
     weights = weights_by_source(directory, arguments.calibration, variant)
