@@ -9,7 +9,14 @@ from torch import Tensor
 from anybit.engine.layers.linear import DenseLinear, Linear, NestedLinear
 from anybit.kernels.cuda.activations import Activations, InputForm
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.linear import exact_form, fast_form, multiply, multiply_dequantized, multiply_mixed
+from anybit.kernels.cuda.linear import (
+    exact_form,
+    fast_form,
+    mixed_form,
+    multiply,
+    multiply_dequantized,
+    multiply_mixed,
+)
 from anybit.kernels.widths import TileWidths
 
 
@@ -52,7 +59,7 @@ class NestedProduct:
     def form(self, rows: Rows) -> InputForm | None:
         count = rows.stop - rows.start
         if isinstance(rows.widths, TileWidths):
-            return InputForm(self.weight.group_size)
+            return mixed_form(count, self.weight, rows.widths, self.is_fast)
         return fast_form(count, self.weight) if self.is_fast else exact_form(count, self.weight)
 
     def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:

@@ -20,17 +20,18 @@ class InputForm:
     """How a product takes its inputs: as fixed point numbers with a step per group, or as the values that they are.
 
     Fixed point numbers in passes of one n-tile (4 tokens) are for `source/linear_decode.cu`, in longer ones for
-    `source/linear_batch.cu`; values are for `source/linear_values.cu`.
+    `source/linear_batch.cu`; values are for `source/linear_values.cu`, with sums where rows are of several widths.
     """
 
     group_size: int
     pass_tiles: int = 1
     is_values: bool = False
+    has_sums: bool = False  # of values, over each group
 
     @property
     def defines(self) -> dict[str, int]:
         """Constants of the kernels that write inputs."""
-        return {"GROUP": self.group_size, "AS_VALUES": int(self.is_values)}
+        return {"GROUP": self.group_size, "AS_VALUES": int(self.is_values) + int(self.has_sums)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Activations:
     tokens: int
     form: InputForm
     numbers: Tensor  # uint8 [passes, column tiles, n-tiles of a pass, 1024]
-    scales: Tensor  # float32 [groups, slots, 2], of fixed point numbers; else empty
+    scales: Tensor  # float32 [groups, slots, 2] of fixed point numbers; of values [groups, slots], their sums, or empty
 
     @property
     def passes(self) -> int:
@@ -59,11 +60,13 @@ class Activations:
     def allocate(cls, tokens: int, columns: int, form: InputForm, device: torch.device) -> "Activations":
         """Not initialised."""
         column_tiles = -(-columns // TILE_COLUMNS)
-        passes = -(-num_token_tiles(tokens) // form.pass_tiles)
-        groups = 0 if form.is_values else column_tiles * (TILE_COLUMNS // form.group_size)
+        token_tiles = -(-tokens // TILE_TOKENS) if form.is_values else num_token_tiles(tokens)
+        passes = -(-token_tiles // form.pass_tiles)
+        groups = column_tiles * (TILE_COLUMNS // form.group_size)
         slots = passes * form.pass_tiles * TILE_TOKENS
         numbers = torch.empty(passes, column_tiles, form.pass_tiles, 8 * TILE_COLUMNS, dtype=torch.uint8, device=device)
-        return cls(tokens, form, numbers, torch.empty(groups, slots, 2, device=device))
+        size = (groups if form.has_sums else 0, slots) if form.is_values else (groups, slots, 2)
+        return cls(tokens, form, numbers, torch.empty(size, device=device))
 
     @property
     def addresses(self) -> list[ctypes.c_void_p]:

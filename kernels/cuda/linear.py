@@ -26,6 +26,7 @@ from anybit.kernels.cuda.operands import describe_mixed_weight, describe_weight,
 from anybit.kernels.cuda.tuning import FEW_ROWS, Tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.cuda.warpgroup_linear import multiply_batch, multiply_values
+from anybit.kernels.layout import NIBBLE_BITS
 from anybit.kernels.nested import NestedWeight
 from anybit.kernels.widths import MIXED_ROWS, TileWidths, WidthSegment
 
@@ -38,6 +39,8 @@ FEW_TOKENS = 16
 _SMALL_WEIGHT = 1 << 24  # up to so many numbers, more tokens are few
 _MANY_TOKENS = 256  # from which warpgroups pay for any weight, and the library for any form
 _MAX_VALUES_TILES = 32
+_MIXED_PASS_TILES = (4, 8, 12)
+_FEW_FIELDS = 3
 
 
 def can_pack(weight: NestedWeight) -> bool:
@@ -97,6 +100,18 @@ def fast_form(tokens: int, weight: FragmentWeight) -> InputForm | None:
     return InputForm(weight.group_size, values_tiles(tokens), is_values=True)
 
 
+def mixed_form(tokens: int, weight: FragmentWeight, widths: TileWidths, is_fast: bool) -> InputForm:
+    """As `exact_form` or, with `is_fast`, `fast_form` for rows of several widths."""
+    if not is_fast or not has_warpgroups(weight.device):
+        return InputForm(weight.group_size)
+    fields = {*widths.present, min(max(widths.present), NIBBLE_BITS)}  # each has sums of its own in registers
+    most = _MIXED_PASS_TILES[-1 if len(fields) <= _FEW_FIELDS else -2]
+    token_tiles = -(-tokens // TILE_TOKENS)
+    passes = -(-token_tiles // most)
+    pass_tiles = next(tiles for tiles in _MIXED_PASS_TILES if tiles * passes >= token_tiles)
+    return InputForm(weight.group_size, pass_tiles, is_values=True, has_sums=True)
+
+
 def values_tiles(tokens: int) -> int:
     """N-tiles of a pass of 8, 16, 32, 64 or 128 tokens."""
     return next((tiles for tiles in (2, 4, 8, 16) if tokens <= tiles * TILE_TOKENS), _MAX_VALUES_TILES)
@@ -122,8 +137,14 @@ def multiply_dequantized(x: Tensor, weight: FragmentWeight, bit_width: int, bias
 def multiply_mixed(
     activations: Activations, weight: FragmentWeight, widths: TileWidths, bias: Tensor | None, y: Tensor
 ) -> None:
-    """`multiply` with each row at its own width, bit for bit. Few rows read the weight once, at the widest of them."""
-    if activations.tokens <= MIXED_ROWS:
+    """`multiply` with each row at its own width. Few rows, and values, read the weight once, at the widest of them.
+
+    Of fixed point numbers a row is bit for bit what it is alone; of values, as long as the same widths may be there and rows
+    take as many passes.
+    """
+    if activations.form.is_values:
+        multiply_values(activations, weight, max(widths.present), bias, y, widths=widths)
+    elif activations.tokens <= MIXED_ROWS:
         multiply_few(activations, weight, max(widths.present), bias, y, widths=widths)
     else:
         for width in widths.present:

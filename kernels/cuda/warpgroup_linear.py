@@ -9,7 +9,7 @@ from torch import Tensor
 from anybit.kernels.cuda.activations import Activations
 from anybit.kernels.cuda.driver import Argument, defined, integers, load_kernel, pointers
 from anybit.kernels.cuda.fragments import FragmentWeight
-from anybit.kernels.cuda.operands import describe_weight, weight_constants
+from anybit.kernels.cuda.operands import describe_mixed_weight, describe_weight, weight_constants
 from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.cuda.warpgroup_tuning import (
     BatchTiling,
@@ -23,6 +23,7 @@ from anybit.kernels.cuda.warpgroup_tuning import (
     num_blocks,
     num_threads,
 )
+from anybit.kernels.widths import TileWidths
 
 
 class _DivisionArgument(ctypes.Structure):
@@ -40,7 +41,7 @@ def multiply_batch(
     tiling: BatchTiling | None = None,
 ) -> None:
     """Of fixed point numbers, in `linear_decode.cu`'s order of sums. y [tokens, out]; bias float32 [out]."""
-    operands = _operands(activations, weight, bit_width)
+    operands = _operands(activations, weight, (bit_width,))
     shape = (weight.out_features, weight.in_features)
     tiling = tiling or default_batch_tiling(*shape, activations.passes, operands, limits())
     constants = batch_constants(tiling, operands, weight.part_dtype, y.dtype)
@@ -61,18 +62,25 @@ def multiply_values(
     bias: Tensor | None,
     y: Tensor,
     tiling: ValuesTiling | None = None,
+    widths: TileWidths | None = None,
 ) -> None:
-    """Of values, with the weight rounded to y's type, float16 or bfloat16. y [tokens, out]; bias float32 [out]."""
-    operands = _operands(activations, weight, bit_width)
+    """Of values of y's type, float16 or bfloat16. y [tokens, out]; bias float32 [out].
+
+    The weight is rounded to that type; with `widths`, each n-tile at its own, of which `bit_width` is the widest, codes are
+    multiplied as they are (and activations have sums).
+    """
+    operands = _operands(activations, weight, (bit_width,) if widths is None else widths.present)
     shape = (weight.out_features, weight.in_features)
     tiling = tiling or default_values_tiling(*shape, activations.passes, operands, limits())
     division = divide(num_blocks(weight.out_features, tiling) * activations.passes, weight.column_tiles, limits())
     partial = torch.empty(division.partial_numbers(tiling, operands.pass_tokens), device=y.device)
     constants = values_constants(tiling, operands, weight.part_dtype, y.dtype)
     arguments: list[Argument] = [
-        describe_weight(weight, bit_width),
-        *pointers(activations.numbers, bias, y, partial, _piece_counters(y.device)),
-        *integers(activations.tokens, weight.out_features, weight.row_tiles, weight.column_tiles),
+        describe_weight(weight, bit_width) if widths is None else describe_mixed_weight(weight),
+        *pointers(None if widths is None else widths.of_tiles),
+        *activations.addresses,
+        *pointers(bias, y, partial, _piece_counters(y.device)),
+        *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),
         _DivisionArgument(activations.passes, division.rounds, division.splits, division.cut_blocks),
     ]
     _launch("linear_values", constants, tiling, operands, (division.grid, 1, 1), arguments)
@@ -88,14 +96,24 @@ def batch_constants(
     tiling: BatchTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
 ) -> dict[str, int]:
     """What `source/linear_batch.cu` is compiled for."""
-    constants = values_constants(tiling, operands, part_dtype, dtype)
+    constants = _ring_constants(tiling, operands, part_dtype, dtype)
     return {**constants, "CLUSTER": tiling.cluster, "SEGMENTS": tiling.segments}
 
 
 def values_constants(
+    tiling: ValuesTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
+) -> dict[str, int]:
+    """What `source/linear_values.cu` is compiled for: one width, or several where inputs have sums."""
+    constants = _ring_constants(tiling, operands, part_dtype, dtype)
+    if operands.has_sums:
+        constants["WIDTHS"] = sum(1 << width for width in operands.widths)
+    return constants
+
+
+def _ring_constants(
     tiling: WarpgroupTiling, operands: RingOperands, part_dtype: torch.dtype, dtype: torch.dtype
 ) -> dict[str, int]:
-    """What `source/linear_values.cu`, and all of `source/ring.cuh`, is compiled for."""
+    """What all of `source/ring.cuh` is compiled for."""
     return {
         **weight_constants(operands.bit_width, operands.group_size, part_dtype),
         "VALUE": VALUES[dtype],
@@ -105,8 +123,9 @@ def values_constants(
     }
 
 
-def _operands(activations: Activations, weight: FragmentWeight, bit_width: int) -> RingOperands:
-    return RingOperands(bit_width, weight.group_size, weight.part_dtype.itemsize, activations.form.pass_tiles)
+def _operands(activations: Activations, weight: FragmentWeight, widths: tuple[int, ...]) -> RingOperands:
+    form = activations.form
+    return RingOperands(widths, weight.group_size, weight.part_dtype.itemsize, form.pass_tiles, form.has_sums)
 
 
 def _launch(

@@ -16,7 +16,7 @@ _TILES_OF_WARPGROUP = 4
 _CLUSTERS = (1, 2, 4, 8)
 _BATCH_STAGES, _VALUES_STAGES = (5, 4, 3, 2), (4, 3, 2)
 _WARPGROUPS = 2  # of `source/linear_batch.cu`
-_VALUES_WARPGROUPS = (4, 2, 3)  # of `source/linear_values.cu`
+_VALUES_WARPGROUPS, _MIXED_WARPGROUPS = (4, 2, 3), (2,)  # of `source/linear_values.cu`; several widths need registers
 _SHARING_COST = 14  # what adding up sums of pieces takes, in tiles of columns of a warpgroup
 _LEAST_TILES = 2  # of columns, in a piece
 _BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in tiles of them
@@ -24,12 +24,18 @@ _BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in t
 
 @dataclass(frozen=True, slots=True)
 class RingOperands:
-    """What passes through a block's ring (`source/ring.cuh`): codes and parts of a width, inputs in n-tiles of a pass."""
+    """What passes through a block's ring (`source/ring.cuh`): codes and parts of widths, inputs in n-tiles of a pass."""
 
-    bit_width: int
+    widths: tuple[int, ...]
     group_size: int
     part_bytes: int
     pass_tiles: int
+    has_sums: bool = False
+
+    @property
+    def bit_width(self) -> int:
+        """The widest."""
+        return max(self.widths)
 
     @property
     def groups(self) -> int:
@@ -41,9 +47,11 @@ class RingOperands:
         return self.pass_tiles * TILE_TOKENS
 
     def stage_bytes(self, warpgroups: int) -> int:
-        parts = (1 if self.bit_width <= NIBBLE_BITS else 2) * self.groups * TILE_ROWS * 2 * self.part_bytes
+        read = {*self.widths, min(self.bit_width, NIBBLE_BITS)}
+        parts = len(read) * self.groups * TILE_ROWS * 2 * self.part_bytes
         weights = TILE_ROWS * TILE_COLUMNS * self.bit_width // 8 + parts
-        return self.pass_tiles * 8 * TILE_COLUMNS + warpgroups * _TILES_OF_WARPGROUP * weights
+        sums = 4 * self.groups * self.pass_tokens if self.has_sums else 0
+        return self.pass_tiles * 8 * TILE_COLUMNS + sums + warpgroups * _TILES_OF_WARPGROUP * weights
 
 
 _BARRIERS_OF_STAGE = 16
@@ -170,7 +178,7 @@ def default_values_tiling(
 
     candidates = [
         _most_stages([ValuesTiling(warpgroups, stages) for stages in _VALUES_STAGES], operands, limits)
-        for warpgroups in _VALUES_WARPGROUPS
+        for warpgroups in (_MIXED_WARPGROUPS if operands.has_sums else _VALUES_WARPGROUPS)
     ]
     return min((tiling for tiling in candidates if tiling is not None), key=cost)
 

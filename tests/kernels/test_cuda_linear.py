@@ -222,6 +222,44 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
             assert torch.equal(y[part], alone)
 
 
+@pytest.mark.parametrize("widths", [(2, 4, 8), (3,), (2, 3), (3, 6), (4, 6, 8), layout.BIT_WIDTHS])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"),
+    [(70, 576, 64), (3000, 1536, 128), (40, 320, 32), (13, 96, 32), (9000, 1024, 128)],
+)
+def test_values_of_several_widths_are_near_the_oracle_and_do_not_depend_on_one_another(
+    widths, rows, columns, group_size
+):
+    if not has_warpgroups(torch.device("cuda")):
+        pytest.skip("needs Hopper's warpgroups")
+    weight = random_nested(rows, columns, group_size)
+    served, bias = fragments.pack(on_gpu(weight)), normal(rows, seed=5)
+
+    def products(x, of_tiles):
+        y = torch.empty(len(x), rows, dtype=x.dtype, device="cuda")
+        mixed = cuda.TileWidths(tuple(widths), of_tiles.cuda())
+        form = cuda.mixed_form(len(x), served, mixed, is_fast=True)
+        assert form.is_values
+        cuda.multiply_mixed(prepare_activations(x.cuda(), form), served, mixed, bias.cuda(), y)
+        return y
+
+    for tokens in (3, 16, 31, 48, 80, 130):
+        x = (normal(tokens, columns, seed=tokens) + 0.5).bfloat16()
+        tiles = -(-tokens // 4)
+        of_tiles = torch.tensor(widths)[torch.randint(len(widths), (tiles,))]
+        y = products(x, of_tiles)
+        of_tokens = of_tiles.repeat_interleave(4)[:tokens]
+        for width in set(of_tiles.tolist()):
+            assert_near_oracle(y[(of_tokens == width).cuda()], x[of_tokens == width], weight, width, bias)
+        # Others get other values, widths and an infinity; the first n-tile stays what it is.
+        others = normal(tokens, columns, seed=1).bfloat16()
+        others[:4] = x[:4]
+        others[4:5, 0] = torch.inf
+        other_widths = torch.tensor(widths)[torch.randint(len(widths), (tiles,))]
+        other_widths[0] = of_tiles[0]
+        assert torch.equal(products(others, other_widths)[:4], y[:4])
+
+
 @pytest.mark.parametrize("width", layout.BIT_WIDTHS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_a_dequantized_weight_is_the_oracles_rounded(rows, columns, group_size, width):

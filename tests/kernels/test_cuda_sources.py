@@ -34,7 +34,7 @@ def test_products_compile(architecture, bit_width, group_size, token_tiles, dtyp
 @pytest.mark.parametrize(("group_size", "pass_tiles", "cluster"), [(128, 16, 1), (64, 8, 4), (32, 16, 2)])
 def test_products_of_warpgroups_compile(bit_width, group_size, pass_tiles, cluster):
     tiling = BatchTiling(2, cluster, 4, 4)
-    operands = RingOperands(bit_width, group_size, 2, pass_tiles)
+    operands = RingOperands((bit_width,), group_size, 2, pass_tiles)
     constants = batch_constants(tiling, operands, torch.float16, torch.bfloat16)
     assert compile_source("linear_batch", "sm_90a", constants).startswith(ELF)
 
@@ -51,7 +51,15 @@ def test_products_of_warpgroups_compile(bit_width, group_size, pass_tiles, clust
     ],
 )
 def test_products_of_values_compile(bit_width, group_size, pass_tiles, tiling, dtype):
-    constants = values_constants(tiling, RingOperands(bit_width, group_size, 2, pass_tiles), torch.float16, dtype)
+    constants = values_constants(tiling, RingOperands((bit_width,), group_size, 2, pass_tiles), torch.float16, dtype)
+    assert compile_source("linear_values", "sm_90a", constants).startswith(ELF)
+
+
+@pytest.mark.parametrize("widths", [(2,), (2, 4, 8), (3, 6), (4, 8), BIT_WIDTHS])
+@pytest.mark.parametrize(("group_size", "pass_tiles", "dtype"), [(128, 8, torch.bfloat16), (32, 4, torch.float16)])
+def test_products_of_values_at_several_widths_compile(widths, group_size, pass_tiles, dtype):
+    operands = RingOperands(widths, group_size, 2, pass_tiles, has_sums=True)
+    constants = values_constants(ValuesTiling(2, 3), operands, torch.float16, dtype)
     assert compile_source("linear_values", "sm_90a", constants).startswith(ELF)
 
 
@@ -71,8 +79,9 @@ def test_the_rest_compiles(architecture):
     for group_size, value in [(128, 2), (64, 1), (32, 0)]:
         assert compile_source("activations", architecture, {"GROUP": group_size, "VALUE": value}).startswith(ELF)
         if value:
-            defines = {"GROUP": group_size, "VALUE": value, "AS_VALUES": 1}
-            assert compile_source("activations", architecture, defines).startswith(ELF)
+            for form in (1, 2):
+                defines = {"GROUP": group_size, "VALUE": value, "AS_VALUES": form}
+                assert compile_source("activations", architecture, defines).startswith(ELF)
         for gate in (1, 2):
             defines = {"GROUP": group_size, "VALUE": value, "GATE": gate}
             assert compile_source("activations", architecture, defines).startswith(ELF)

@@ -85,7 +85,7 @@ many_tokens = given(
 def test_a_block_of_warpgroups_fits_and_takes_whole_segments(
     out_features, in_features, passes, width, group_size, part_bytes, pass_tiles
 ):
-    operands = RingOperands(width, group_size, part_bytes, pass_tiles)
+    operands = RingOperands((width,), group_size, part_bytes, pass_tiles)
     tiling = default_batch_tiling(out_features, in_features, passes, operands, HOPPER)
     assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
     assert tiling.segments == num_segments(out_features, in_features)
@@ -97,14 +97,24 @@ def test_a_block_of_values_fits_and_has_columns(
     out_features, in_features, passes, width, group_size, part_bytes, pass_tiles
 ):
     values_tiles = 2 if pass_tiles == 8 else 32
-    operands = RingOperands(width, group_size, part_bytes, values_tiles)
+    operands = RingOperands((width,), group_size, part_bytes, values_tiles)
     tiling = default_values_tiling(out_features, in_features, passes, operands, HOPPER)
     assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
     assert num_threads(tiling) <= 640
 
 
+@many_tokens
+def test_a_block_of_values_of_several_widths_fits(
+    out_features, in_features, passes, width, group_size, part_bytes, pass_tiles
+):
+    operands = RingOperands(tuple(layout.BIT_WIDTHS), group_size, part_bytes, pass_tiles, has_sums=True)
+    tiling = default_values_tiling(out_features, in_features, passes, operands, HOPPER)
+    assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
+    assert tiling.warpgroups == 2
+
+
 def test_clusters_are_for_weights_with_too_few_rows_to_go_round():
-    operands = RingOperands(4, 128, 2, 16)
+    operands = RingOperands((4,), 128, 2, 16)
     clusters = {
         (rows, passes): default_batch_tiling(rows, 4096, passes, operands, HOPPER).cluster
         for rows, passes in [(28672, 1), (4096, 1), (4096, 32)]

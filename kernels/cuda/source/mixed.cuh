@@ -2,14 +2,10 @@
 // bits of its own width. All of a row's arithmetic is that of `uniform.cuh` at its width.
 #pragma once
 #include "product.cuh"
+#include "widths.cuh"
 
 namespace nested {
 
-// WIDTHS has bit r set if rows of width r may be there; BITS is the widest of them.
-__device__ constexpr bool present(int width) { return WIDTHS >> width & 1; }
-__device__ constexpr int width_at(int place) { return place < 3 ? 2 + place : 2 * place; }  // 2, 3, 4, 6, 8
-constexpr int kPlaces = 5, kNibble = 2;
-constexpr bool kReadsNibble = present(4) || kHasLow;  // the 4-bit part, as itself or for its scale
 constexpr bool kHasSixOfEight = BITS == 8 && present(6);
 
 using ServedWeight = MixedWeight;
@@ -26,30 +22,8 @@ struct Tile {
             for (int group = 0; group < kGroups; ++group)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    if (at == kNibble ? kReadsNibble : present(width_at(at)))
+                    if (reads_part(at))
                         parts[at][group][half] = load(weight.parts[at] + (index * kGroups + group) * kRows + half * 8 + lane / 4);
-    }
-};
-
-// Scale of the high nibble; scale of the low one; zero: of a row in one group, at every width that may be there.
-struct Floats {
-    float3 of[kPlaces];
-
-    __device__ Floats(const Tile& tile, int group, int half) {
-        const float2 nibble = kReadsNibble ? part_floats(tile.parts[kNibble][group][half]) : make_float2(0.f, 0.f);
-#pragma unroll
-        for (int at = 0; at < kPlaces; ++at) {
-            if (!present(width_at(at))) continue;
-            const float2 own = part_floats(tile.parts[at][group][half]);
-            of[at] = width_at(at) > 4 ? make_float3(nibble.x, own.x, own.y) : make_float3(own.x, 0.f, own.y);
-        }
-    }
-    __device__ float3 at(int width) const {
-        float3 result = {};
-#pragma unroll
-        for (int place = 0; place < kPlaces; ++place)
-            if (present(width_at(place)) && width == width_at(place)) result = of[place];
-        return result;
     }
 };
 
@@ -129,7 +103,7 @@ __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles
         for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const Floats floats(tiles[r], group, half);
+                const Floats floats([&](int at) { return tiles[r].parts[at][group][half]; });
 #pragma unroll
                 for (int q = 0; q < TOKEN_TILES; ++q) {
                     const int width = widths.of[q];

@@ -61,24 +61,29 @@ __device__ inline u32 with_bits(u32 v, u32 mask, u32 others) {  // (v & mask) | 
     return result;
 }
 
-// The bits of the high nibble that BITS has, as integers; and all bits of the low one that it has.
-__device__ inline void high_codes(const Codes& tile, int step, u32* codes) {
-    constexpr int kBelow = BITS >= 4 ? 2 : BITS - 2, kBelowC3 = kHasC4 ? 1 : 0;  // bits that follow those of c2 and c3
+// Bits kFrom up to kTo of the codes, counted from their top, as integers; both are widths, or 0, on one side of the nibbles' border.
+template <int kFrom, int kTo>
+__device__ inline void field_codes(const Codes& tile, int step, u32* codes) {
+    constexpr bool kHas[] = {kFrom < 2, kFrom < 3 && kTo > 2, kFrom < 4 && kTo > 3, kFrom == 4 && kTo > 4, kTo > 6};  // streams
+    static_assert(kTo <= 4 || kFrom >= 4, "a field has one scale");
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int bit = 4 * (step % 2) + j;
-        codes[j] = moved(word(tile.c2, step), 2 * j - kBelow) & (0x03030303u << kBelow);
-        if (kHasC3) codes[j] = with_bits(moved(word(tile.c3, step / 2), bit - kBelowC3), 0x01010101u << kBelowC3, codes[j]);
-        if (kHasC4) codes[j] = with_bits(moved(word(tile.c4, step / 2), bit), 0x01010101u, codes[j]);
+        const auto add = [&](bool is_first, u32 stream, int at, int below, u32 mask) {  // `below`: bits that follow the stream's
+            const u32 bits = moved(stream, at - below);
+            codes[j] = is_first ? bits & (mask << below) : with_bits(bits, mask << below, codes[j]);
+        };
+        if (kHas[0]) add(true, word(tile.c2, step), 2 * j, kTo - 2, 0x03030303u);
+        if (kHas[1]) add(kFrom == 2, word(tile.c3, step / 2), bit, kTo - 3, 0x01010101u);
+        if (kHas[2]) add(kFrom == 3, word(tile.c4, step / 2), bit, kTo - 4, 0x01010101u);
+        if (kHas[3]) add(true, word(tile.c6, step), 2 * j, kTo - 6, 0x03030303u);
+        if (kHas[4]) add(kFrom == 6, word(tile.c8, step), 2 * j, kTo - 8, 0x03030303u);
     }
 }
+// The bits of either nibble that BITS has.
+__device__ inline void high_codes(const Codes& tile, int step, u32* codes) { field_codes<0, kHasC4 ? 4 : BITS>(tile, step, codes); }
 __device__ inline void low_codes(const Codes& tile, int step, u32* codes) {
-    constexpr int kBelow = kHasC8 ? 2 : 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        codes[j] = moved(word(tile.c6, step), 2 * j - kBelow) & (0x03030303u << kBelow);
-        if (kHasC8) codes[j] = with_bits(moved(word(tile.c8, step), 2 * j), 0x03030303u, codes[j]);
-    }
+    if constexpr (kHasLow) field_codes<4, BITS>(tile, step, codes);
 }
 
 template <bool kFirst>

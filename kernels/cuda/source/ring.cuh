@@ -4,6 +4,9 @@
 #pragma once
 #include "product.cuh"
 #include "wgmma.cuh"
+#ifdef WIDTHS
+#include "widths.cuh"
+#endif
 
 #ifndef WARPGROUPS  // that multiply, of 64 rows each
 #define WARPGROUPS 2
@@ -23,15 +26,34 @@ constexpr int kManyRegisters = WARPGROUPS == 1 ? 0 : WARPGROUPS == 2 ? 232 : WAR
 
 constexpr int kInputBytes = PASS_TILES * 8 * kColumns;
 constexpr int kPartsBytes = kGroups * kRows * sizeof(Part), kCodeBytes = kRows * kColumns * BITS / 8;
-constexpr int kTileBytes = kCodeBytes + (kHasLow ? 2 : 1) * kPartsBytes;
+#ifdef WIDTHS  // parts of a tile, in the order of the widths
+using RingWeight = MixedWeight;
+__device__ constexpr int parts_before(int place) { return count_before(place, reads_part); }
+constexpr int kParts = parts_before(kPlaces);
+#else
+using RingWeight = Weight;
+constexpr int kParts = kHasLow ? 2 : 1;
+#endif
+constexpr int kTileBytes = kCodeBytes + kParts * kPartsBytes;
 constexpr int kFirstC3 = 512, kFirstC4 = 768, kFirstC6 = 1024, kFirstC8 = 1536;  // in a warp's weights
 
 // Where a lane copies a tile's codes and parts from, and from the tiles of columns that follow.
 struct WeightSource {
-    static constexpr int kPartLanes = kPartsBytes / 16, kLanes = (kHasLow ? 2 : 1) * kPartLanes, kPartCopies = (kLanes + 31) / 32;
+    static constexpr int kPartLanes = kPartsBytes / 16, kLanes = kParts * kPartLanes, kPartCopies = (kLanes + 31) / 32;
     const u8 *c2, *c34, *c6, *c8, *parts[kPartCopies];
 
-    __device__ void begin(const Weight& weight, size_t index) {
+    __device__ static const Part* part_of(const RingWeight& weight, int number) {
+#ifdef WIDTHS
+        const Part* part = nullptr;
+#pragma unroll
+        for (int place = 0; place < kPlaces; ++place)
+            if (reads_part(place) && parts_before(place) == number) part = weight.parts[place];
+        return part;
+#else
+        return number == 0 ? weight.high : weight.low;
+#endif
+    }
+    __device__ void begin(const RingWeight& weight, size_t index) {
         const int lane = threadIdx.x & 31;
         const auto at = [&](const void* stream, int bytes, int chunk) {
             return reinterpret_cast<const u8*>(stream) + index * bytes + chunk * 16;
@@ -43,7 +65,7 @@ struct WeightSource {
 #pragma unroll
         for (int i = 0; i < kPartCopies; ++i) {
             const int chunk = 32 * i + lane;
-            parts[i] = at(chunk < kPartLanes ? weight.high : weight.low, kPartsBytes, chunk % kPartLanes);
+            parts[i] = at(part_of(weight, chunk / kPartLanes), kPartsBytes, chunk % kPartLanes);
         }
     }
     __device__ void advance() {
@@ -112,7 +134,7 @@ struct Barriers {
 // advance() makes it the next and says whether that one only lies in other columns. request_inputs(tile, stage), by one thread,
 // expects and copies what is not weights.
 template <class Tile, class RequestInputs>
-__device__ inline void fill_ring(const Barriers& barriers, u32 weights, const Weight& weight, int row_tiles, int tiles_k, int count,
+__device__ inline void fill_ring(const Barriers& barriers, u32 weights, const RingWeight& weight, int row_tiles, int tiles_k, int count,
                                  Tile tile, const RequestInputs& request_inputs) {
     const int warp = threadIdx.x / 32 - kWarps;
     WeightSource source;

@@ -32,9 +32,10 @@ __device__ inline Pair rounded(float first, float second) { return __floats2bflo
 __device__ inline u32 as_bits(Pair value) { return *reinterpret_cast<u32*>(&value); }
 __device__ inline Pair fused(Pair a, Pair b, Pair c) { return __hfma2(a, b, c); }
 
-// The first or second two of four codes, each below 128, as numbers that count from `from` - kAbove.
+// The first or second two of four codes, each below 128, as numbers: kAbove + code, or counted from `from` - kAbove.
+__device__ inline u32 above(u32 codes, int half) { return __byte_perm(codes, kExponents, half == 0 ? 0x4140 : 0x4342); }
 __device__ inline Pair counted(u32 codes, int half, Pair from) {
-    u32 bits = __byte_perm(codes, kExponents, half == 0 ? 0x4140 : 0x4342);
+    u32 bits = above(codes, half);
     return __hsub2(*reinterpret_cast<Pair*>(&bits), from);
 }
 
@@ -57,48 +58,62 @@ __device__ inline void wait_for_values(float (&sums)[kValueSums]) {
 #define VALUES4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define VALUES16(i) VALUES4(i), VALUES4(i + 4), VALUES4(i + 8), VALUES4(i + 12)
 
-// sums += 64 rows of weights (a warp's 16 as an A fragment) times the values that a descriptor tells of, over 16 columns.
+// sums [+]= 64 rows of weights (a warp's 16 as an A fragment) times the values that a descriptor tells of, over 16 columns.
+template <bool kFirst>
 __device__ inline void multiply_values(float (&sums)[kValueSums], const u32 (&weights)[4], unsigned long long values) {
 #if PASS_TILES == 2
     asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %9, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n8k16.f32." VALUE_NAME "." VALUE_NAME " "
         "{%0,%1,%2,%3},"
-        "{%4,%5,%6,%7},%8,1,1,1,0;"
+        "{%4,%5,%6,%7},%8,adds,1,1,0;\n}"
         : VALUES4(0)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
 #elif PASS_TILES == 4
     asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %13, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32." VALUE_NAME "." VALUE_NAME " "
         "{%0,%1,%2,%3,%4,%5,%6,%7},"
-        "{%8,%9,%10,%11},%12,1,1,1,0;"
+        "{%8,%9,%10,%11},%12,adds,1,1,0;\n}"
         : VALUES4(0), VALUES4(4)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
 #elif PASS_TILES == 8
     asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32." VALUE_NAME "." VALUE_NAME " "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-        "{%16,%17,%18,%19},%20,1,1,1,0;"
+        "{%16,%17,%18,%19},%20,adds,1,1,0;\n}"
         : VALUES16(0)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+#elif PASS_TILES == 12
+    asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %29, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32." VALUE_NAME "." VALUE_NAME " "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23},"
+        "{%24,%25,%26,%27},%28,adds,1,1,0;\n}"
+        : VALUES16(0), VALUES4(16), VALUES4(20)
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
 #elif PASS_TILES == 16
     asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." VALUE_NAME "." VALUE_NAME " "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
         "%24,%25,%26,%27,%28,%29,%30,%31},"
-        "{%32,%33,%34,%35},%36,1,1,1,0;"
+        "{%32,%33,%34,%35},%36,adds,1,1,0;\n}"
         : VALUES16(0), VALUES16(16)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
 #elif PASS_TILES == 32
     asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." VALUE_NAME "." VALUE_NAME " "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
         "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
         "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-        "{%64,%65,%66,%67},%68,1,1,1,0;"
+        "{%64,%65,%66,%67},%68,adds,1,1,0;\n}"
         : VALUES16(0), VALUES16(16), VALUES16(32), VALUES16(48)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
 #else
-    static_assert(PASS_TILES == 2, "passes have 8, 16, 32, 64 or 128 tokens");
+    static_assert(PASS_TILES == 2, "passes have 8, 16, 32, 48, 64 or 128 tokens");
 #endif
 }
 
