@@ -1,13 +1,27 @@
 """When requests are sent: so many at a time (closed loop), or at given times whatever the server does (open loop)."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from anybit.server.bench.answer import Answer, Failure
 
 Ask = Callable[[str], Awaitable[Answer | Failure]]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many requests in flight, or begun per second."""
+
+    kind: Literal["concurrency", "request_rate"]
+    number: float  # an int of the first kind
+
+    def to_json(self) -> dict[str, Any]:
+        """Both kinds by name, None for the other one. JSON has no infinity."""
+        return {"concurrency": None, "request_rate": None, self.kind: "inf" if self.number == math.inf else self.number}
 
 
 @dataclass(frozen=True, slots=True)

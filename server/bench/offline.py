@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from anybit.server.bench.answer import Answer, Failure
-from anybit.server.bench.load import LoadResult
+from anybit.server.bench.load import Load, LoadResult
 from anybit.server.bench.report import Goal, report_row
 from anybit.server.bench.run import BenchError, Progress
 from anybit.server.bench.workload import Workload
@@ -63,7 +63,8 @@ def bench_offline(
         asked = prompts(settings.warm_up + round_index * settings.requests, settings.requests)
         for width in settings.bit_widths:
             results[width].append(_load_result(run(asked, width, done), width))
-    rows = [report_row(width, rounds, Goal()) for width, rounds in results.items()]
+    load = Load("concurrency", settings.concurrency).to_json()
+    rows = [report_row(width, rounds, Goal()) | load for width, rounds in results.items()]
     if not any(row["completed"] for row in rows):
         message = next(message for row in rows for message in row["messages"].values())
         raise BenchError(f"No request was answered: {message}")

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from typing import Any
 
 from rich.table import Table
@@ -17,10 +18,11 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a request must meet to count as good; None does not matter."""
+    """What a request must meet to count as good; None does not matter. A load is met by so large a `share` of them."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    share: float = 0.9
 
     @property
     def is_set(self) -> bool:
@@ -63,6 +65,7 @@ def report_row(bit_width: int | None, rounds: Sequence[LoadResult], goal: Goal) 
     seconds = sum(result.seconds for result in rounds)
     generated = sum(answer.generated_tokens for answer in answers)
     per_token = [answer.seconds_per_token for answer in answers]
+    good = sum(map(goal.is_met, answers)) if goal.is_set else None
     return {
         "bit_width": said.pop() if bit_width is None and len(said) == 1 else bit_width,
         "requests": len(outcomes),
@@ -74,7 +77,8 @@ def report_row(bit_width: int | None, rounds: Sequence[LoadResult], goal: Goal) 
         "generated_tokens": generated,
         "requests_per_second": len(answers) / seconds,
         "tokens_per_second": generated / seconds,
-        "goodput_requests_per_second": sum(map(goal.is_met, answers)) / seconds if goal.is_set else None,
+        "goodput_requests_per_second": None if good is None else good / seconds,
+        "goodput_share": None if good is None else good / len(outcomes),
         "ttft_ms": summarize([answer.first_token for answer in answers]),
         "itl_ms": summarize([gap for answer in answers for gap in answer.gaps]),
         "tpot_ms": summarize([value for value in per_token if value is not None]),
@@ -88,24 +92,46 @@ def _sum_known(counts: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
+def met_up_to(rows: Sequence[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """Per width the highest load up to which each one measured was met by `share` of its requests, or no load at all.
+
+    `rows` of a width are in ascending order of their loads.
+    """
+    highest: dict[int | None, dict[str, Any]] = {}
+    for bit_width, of_width in groupby(rows, lambda row: row["bit_width"]):
+        met = list(takewhile(lambda row: row["goodput_share"] >= share, of_width))
+        load = {name: met[-1][name] if met else None for name in ("concurrency", "request_rate")}
+        highest[bit_width] = {"bit_width": bit_width, **load}
+    return list(highest.values())
+
+
+def load_text(row: dict[str, Any]) -> str:
+    """The load of a row, or of what else has its two fields, for people."""
+    if row["request_rate"] == "inf":
+        return "all at once"
+    if row["request_rate"] is not None:
+        return f"{row['request_rate']:g} requests/s"
+    return "none" if row["concurrency"] is None else f"{row['concurrency']} at a time"
+
+
 def report_table(report: dict[str, Any], title: str) -> Table:
     """The rows of a report for a terminal."""
-    columns = ["bits", "req/s", "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "failed"]
-    with_goodput = any(row["goodput_requests_per_second"] is not None for row in report["rows"])
-    if with_goodput:
-        columns.insert(3, "good req/s")
-    table = Table(*columns, title=title)
-    for row in report["rows"]:
-        cells = [
+    rows = report["rows"]
+    with_load = len({load_text(row) for row in rows}) > 1
+    with_goodput = any(row["goodput_requests_per_second"] is not None for row in rows)
+    columns = ["bits", *(["load"] if with_load else []), "req/s", *(["good req/s", "good"] if with_goodput else [])]
+    table = Table(*columns, "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "failed", title=title)
+    for row in rows:
+        good = (f"{row['goodput_requests_per_second']:.2f}", f"{row['goodput_share']:.0%}") if with_goodput else ()
+        table.add_row(
             "default" if row["bit_width"] is None else str(row["bit_width"]),
+            *([load_text(row)] if with_load else []),
             f"{row['requests_per_second']:.2f}",
+            *good,
             f"{row['tokens_per_second']:.1f}",
             *(_cell(row[name][key]) for name, key in _TIMES),
             ", ".join(f"{count} × {kind}" for kind, count in row["failed"].items()) or "0",
-        ]
-        if with_goodput:
-            cells.insert(3, f"{row['goodput_requests_per_second']:.2f}")
-        table.add_row(*cells)
+        )
     return table
 
 

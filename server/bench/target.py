@@ -22,6 +22,7 @@ class Target:
     bit_widths: list[int]  # ascending; empty for a server that has no widths to choose from
     version: Any  # what its /version says, None when it has none
     effective_bits: dict[int, float] = field(default_factory=dict)  # by width, where the server tells
+    bytes_read_per_token: dict[int, int] = field(default_factory=dict)  # likewise
 
     def choose(self, text: str) -> list[int | None]:
         """ "" -> the server's default, "all" -> every width on offer, "2,4" -> these. Raises TargetError for others."""
@@ -42,6 +43,7 @@ class _Card(msgspec.Struct):
     id: str
     bit_width: int | None = None
     effective_bits: float | None = None
+    bytes_read_per_token: int | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -71,7 +73,8 @@ async def find_target(http: httpx.AsyncClient, base_url: str, model: str | None)
         model = cards[0].id
     aliases = {card.bit_width: card for card in cards if card.bit_width is not None and card.id.startswith(f"{model}@")}
     bits = {width: card.effective_bits for width, card in aliases.items() if card.effective_bits is not None}
-    return Target(model, sorted(aliases), await _version(http, base_url), bits)
+    sizes = {w: card.bytes_read_per_token for w, card in aliases.items() if card.bytes_read_per_token is not None}
+    return Target(model, sorted(aliases), await _version(http, base_url), bits, sizes)
 
 
 async def _cards(http: httpx.AsyncClient, base_url: str, needed: bool) -> list[_Card]:

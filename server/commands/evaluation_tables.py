@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
 def text_table(report: dict[str, Any]) -> Table:
-    title = f"{report['model']} on {report['text']}: {report['tokens']} tokens, context {report['context']}"
+    title = escape(f"{report['model']} on {report['text']}: {report['tokens']} tokens, context {report['context']}")
     table = Table(
         "bits", "scheme", "KV", "effective bits", "perplexity", "KL (nats)", "top-1 agreement", "seconds", title=title
     )
@@ -33,7 +34,7 @@ def task_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def _task_table(model: str, task: str, rows: list[dict[str, Any]]) -> Table:
-    title = f"{model} on {task}: {rows[0]['questions']} questions"
+    title = escape(f"{model} on {task}: {rows[0]['questions']} questions")
     table = Table("bits", "scheme", "accuracy", "accuracy per byte", title=title)
     for row in rows:
         accuracies = [_percent(row[name], row[f"{name}_stderr"]) for name in ("accuracy", "acc_norm")]

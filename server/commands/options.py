@@ -1,7 +1,7 @@
 """Options that several commands share, and how their text becomes values."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -9,6 +9,8 @@ from anybit.engine.config import BIT_WIDTHS, KV_FORMATS, ConfigError, check_kv_f
 from anybit.engine.quantize.options import METHODS
 
 _MAX_BATCH = 4096  # rows, as many as a prompt's chunk can have
+
+Number = TypeVar("Number", int, float)
 
 
 def parse_bit_widths(text: str) -> tuple[int, ...]:
@@ -33,6 +35,16 @@ def parse_batches(text: str) -> list[int]:
     if not batches or not all(1 <= size <= _MAX_BATCH for size in batches):
         raise typer.BadParameter(f"{text!r} is not a list of numbers from 1 to {_MAX_BATCH}.")
     return batches
+
+
+def parse_numbers(text: str, kind: type[Number]) -> list[Number]:
+    """ "1,4,16" -> ascending numbers, each once."""
+    try:
+        numbers = sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        name = "whole numbers" if kind is int else "numbers"
+        raise typer.BadParameter(f"{text!r} is not a list of {name} such as 1,4,16.") from None
+    return numbers
 
 
 def parse_kv_formats(text: str) -> tuple[str, ...]:
@@ -70,6 +82,25 @@ def parse_base_url(text: str) -> str:
         return normalize_base_url(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not the address of a server: {error}.") from None
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Wrong usage if a file that shall be written after long work cannot be."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is no directory for {option}.")
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory and no file for {option}.")
+    is_new = not path.exists()
+    if not is_new and not path.is_file():
+        return  # a pipe would end when it is closed
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written for {option}: {error.strerror}.") from None
 
 
 def parse_api_key(text: str | None) -> str | None:

@@ -20,11 +20,13 @@ def test_report_has_a_row_per_width_and_the_server_counts_the_same(
     assert "TTFT p50" in result.stdout
     report = json.loads(out.read_text())
     keys = {"base_url", "model", "server", "machine", "versions", "settings", "rows"}
-    assert keys == report.keys()
+    assert keys | {"finished", "slo_met_up_to", "resources", "quality"} == report.keys()
+    assert report["settings"]["concurrency"] == 2
     assert report["base_url"] == f"{tiny_server.url}/v1"
     assert [row["bit_width"] for row in report["rows"]] == [2, 4, 8]
     for row in report["rows"]:
         assert (row["requests"], row["completed"], row["failed"]) == (10, 10, {})
+        assert (row["concurrency"], row["request_rate"]) == (2, None)
         assert row["generated_tokens"] == 60
         assert row["goodput_requests_per_second"] == row["requests_per_second"]
         for name in ("ttft_ms", "itl_ms", "tpot_ms", "latency_ms"):
@@ -46,6 +48,7 @@ def test_all_means_the_widths_of_the_server(tiny_server: ServeCommand, cache: Pa
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(row["bit_width"], row["generated_tokens"]) for row in rows] == [(w, 9) for w in (2, 3, 4, 6, 8)]
+    assert {(row["concurrency"], row["request_rate"]) for row in rows} == {(None, 200)}
 
 
 def test_without_a_width_the_row_says_the_default(tiny_server: ServeCommand, cache: Path, tmp_path: Path) -> None:

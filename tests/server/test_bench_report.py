@@ -2,13 +2,14 @@
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from anybit.server.bench.answer import Answer, Failure
 from anybit.server.bench.load import LoadResult
-from anybit.server.bench.report import PERCENTILES, Goal, percentile, report_row, summarize
+from anybit.server.bench.report import PERCENTILES, Goal, load_text, met_up_to, percentile, report_row, summarize
 
 
 def answer(first: float = 0.1, last: float = 0.5, tokens: int = 5, width: int | None = 4) -> Answer:
@@ -75,3 +76,35 @@ def test_goodput_counts_what_meets_every_goal(goal: Goal, good: int) -> None:
     single = answer(last=0.1, tokens=1)  # has no time per further token that could be too long
     row = report_row(4, [LoadResult([fine, late, slow, single, Failure("5xx", "")], 2.0, 0.1)], goal)
     assert row["goodput_requests_per_second"] == good / 2
+    assert row["goodput_share"] == good / 5  # a request that failed has not met it
+
+
+def shares(bit_width: int | None, *shares: float) -> list[dict[str, Any]]:
+    loads = (1, 2, 4, 8)
+    return [
+        {"bit_width": bit_width, "concurrency": load, "request_rate": None, "goodput_share": share}
+        for load, share in zip(loads, shares, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measured", "highest"),
+    [
+        ((1.0, 0.95, 0.9), 4),
+        ((1.0, 0.89, 1.0), 1),  # what a lower load misses, a higher one meets by chance
+        ((0.5, 1.0), None),
+    ],
+)
+def test_goal_is_met_up_to_the_first_load_that_misses_it(measured: tuple[float, ...], highest: int | None) -> None:
+    rows = shares(2, *measured) + shares(8, 1.0)
+    first, second = met_up_to(rows, 0.9)
+    assert first == {"bit_width": 2, "concurrency": highest, "request_rate": None}
+    assert second == {"bit_width": 8, "concurrency": 1, "request_rate": None}
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "rate", "text"),
+    [(4, None, "4 at a time"), (None, 0.5, "0.5 requests/s"), (None, "inf", "all at once"), (None, None, "none")],
+)
+def test_loads_are_named(concurrency: int | None, rate: float | str | None, text: str) -> None:
+    assert load_text({"concurrency": concurrency, "request_rate": rate}) == text

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from anybit.server.bench.load import Load
 from anybit.server.bench.run import BenchError, BenchSettings, bench_serve
 from anybit.server.bench.target import Target, TargetError, normalize_base_url
 from anybit.server.bench.workload import Workload
 from anybit.server.cli import app
+from tests.server.fake_engine import FakeEngine
 from tests.server.foreign_server import STREAM_HEAD, ForeignServer, Reply, Script, answer, event, whole
 from tests.server.live_server import LiveServer
 
-SETTINGS = BenchSettings(requests=6, concurrency=3, max_tokens=4, timeout_seconds=20, workload=Workload(1, 8))
+SETTINGS = BenchSettings(
+    requests=6, loads=(Load("concurrency", 3),), max_tokens=4, timeout_seconds=20, workload=Workload(1, 8)
+)
 
 
 def measure(
@@ -192,11 +196,53 @@ def test_closed_loop_keeps_so_many_in_flight() -> None:
 
 
 def test_infinite_rate_is_written_as_json() -> None:
-    report, _ = measure(answer, replace(SETTINGS, request_rate=float("inf")))
+    report, _ = measure(answer, replace(SETTINGS, loads=(Load("request_rate", float("inf")),)))
     assert report["settings"]["request_rate"] == "inf"
     assert report["settings"]["concurrency"] is None
     assert report["rows"][0]["completed"] == 6
     json.dumps(report, allow_nan=False)
+
+
+def test_one_load_is_written_as_a_number_and_several_as_a_list() -> None:
+    one, several = (Load("concurrency", 3),), (Load("request_rate", 0.5), Load("request_rate", float("inf")))
+    for loads, concurrency, rate in ((one, 3, None), (several, None, [0.5, "inf"])):
+        settings = replace(SETTINGS, loads=loads).to_json()
+        assert (settings["concurrency"], settings["request_rate"]) == (concurrency, rate)
+
+
+def test_widths_take_turns_at_each_load_with_the_same_prompts(start: Callable[..., LiveServer]) -> None:
+    engine = FakeEngine()
+    server = start(engine)
+    loads = (Load("concurrency", 1), Load("concurrency", 3))
+    settings = replace(SETTINGS, bit_width="2,8", loads=loads, rounds=2, requests=3, warm_up=0)
+    report = asyncio.run(bench_serve(normalize_base_url(server.url), None, None, settings))
+    assert [(row["bit_width"], row["concurrency"], row["request_rate"]) for row in report["rows"]] == [
+        (2, 1, None), (2, 3, None), (8, 1, None), (8, 3, None),
+    ]  # fmt: skip
+    assert {(row["requests"], row["completed"]) for row in report["rows"]} == {(6, 6)}
+    asked = [(request.precision.bit_width, tuple(request.prompt_token_ids)) for request in engine.requests]
+    blocks = [asked[start : start + 3] for start in range(0, len(asked), 3)]
+    assert [{width for width, _ in block} for block in blocks] == [{2}, {8}] * 4  # load after load, round after round
+    prompts = [{prompt for _, prompt in block} for block in blocks]
+    assert prompts[::2] == prompts[1::2]
+    assert len(set.union(*prompts)) == 4 * 3  # none comes back, or a prefix cache would answer
+
+
+def test_own_server_tells_what_its_widths_cost(start: Callable[..., LiveServer]) -> None:
+    server = start(api_keys=("sesame",))
+    report = asyncio.run(bench_serve(normalize_base_url(server.url), "sesame", None, replace(SETTINGS, bit_width="2")))
+    resources = report["resources"]
+    assert resources["weights_bytes"] == {"linear": 8000, "embedding": 2000, "norm": 10}
+    assert resources["widths"][0] == {
+        "bit_width": 2, "effective_bits": 2.25, "equivalent_bytes": 2400, "bytes_read_per_token": 2000,
+    }  # fmt: skip
+    assert [row["bit_width"] for row in resources["widths"]] == [2, 3, 4, 8]
+    assert resources["kv_formats"][1] == {"kv_format": "qet4", "bytes_per_token": 17.5, "capacity_tokens": 8192}
+    assert resources["live_quality"] == []
+
+
+def test_foreign_server_tells_nothing_of_its_memory() -> None:
+    assert measure(answer)[0]["resources"] is None
 
 
 def test_own_server_lists_its_widths_and_wants_its_key(start: Callable[..., LiveServer]) -> None:
@@ -219,9 +265,24 @@ def test_own_server_lists_its_widths_and_wants_its_key(start: Callable[..., Live
         ("--concurrency", "2", "--request-rate", "1"),
         ("--request-rate", "0"),
         ("--request-rate", "nan"),
+        ("--request-rate", "1,-2"),
+        ("--request-rate", "1,fast"),
+        ("--concurrency", "0"),
+        ("--concurrency", "1,,4"),
+        ("--concurrency", "1.5"),
+        ("--concurrency", ""),
+        ("--concurrency", "4,64", "--requests", "32"),
+        ("--slo-share", "0"),
+        ("--slo-share", "nan"),
+        ("--quality-tokens", "-1"),
+        ("--quality-tokens", "3"),
         ("--shared-prefix-tokens", "300"),
         ("--prompts", "/nowhere/prompts.txt"),
         ("--json", "/nowhere/report.json"),
+        ("--html", "/nowhere/report.html"),
+        ("--html", "/"),
+        ("--html", "/proc/report.html"),
+        ("--html", "report", "--json", "./report"),
         ("--timeout", "inf"),
         ("--api-key", "schlüssel"),
     ],
