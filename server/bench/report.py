@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
@@ -115,28 +115,37 @@ def load_text(row: dict[str, Any]) -> str:
 
 
 def report_table(report: dict[str, Any], title: str) -> Table:
-    """The rows of a report for a terminal."""
+    """The rows of a report for a terminal; those of several loads without gaps between tokens, to be narrow enough."""
     rows = report["rows"]
-    with_load = len({load_text(row) for row in rows}) > 1
+    with_loads = len({load_text(row) for row in rows}) > 1
     with_goodput = any(row["goodput_requests_per_second"] is not None for row in rows)
-    columns = ["bits", *(["load"] if with_load else []), "req/s", *(["good req/s", "good"] if with_goodput else [])]
-    table = Table(*columns, "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "TPOT p50", "failed", title=title)
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("bits", lambda row: "default" if row["bit_width"] is None else str(row["bit_width"]))
+    ]
+    if with_loads and rows[0]["concurrency"] is not None:
+        columns.append(("in flight", lambda row: str(row["concurrency"])))
+    elif with_loads:
+        columns.append(("asked/s", lambda row: str(row["request_rate"])))
+    columns.append(("req/s", lambda row: f"{row['requests_per_second']:.2f}"))
+    if with_goodput and with_loads:
+        columns.append(("good", lambda row: f"{row['goodput_share']:.0%}"))
+    elif with_goodput:
+        columns.append(("good req/s", lambda row: f"{row['goodput_requests_per_second']:.2f}"))
+    columns.append(("tok/s", lambda row: f"{row['tokens_per_second']:.1f}"))
+    columns += [_time_column("TTFT p50", "ttft_ms", "p50"), _time_column("p99", "ttft_ms", "p99")]
+    if not with_loads:
+        columns += [_time_column("ITL p50", "itl_ms", "p50"), _time_column("p99", "itl_ms", "p99")]
+    columns.append(_time_column("TPOT p50", "tpot_ms", "p50"))
+    columns.append(("failed", lambda row: ", ".join(f"{n} × {kind}" for kind, n in row["failed"].items()) or "0"))
+    table = Table(*(header for header, _ in columns), title=title)
     for row in rows:
-        good = (f"{row['goodput_requests_per_second']:.2f}", f"{row['goodput_share']:.0%}") if with_goodput else ()
-        table.add_row(
-            "default" if row["bit_width"] is None else str(row["bit_width"]),
-            *([load_text(row)] if with_load else []),
-            f"{row['requests_per_second']:.2f}",
-            *good,
-            f"{row['tokens_per_second']:.1f}",
-            *(_cell(row[name][key]) for name, key in _TIMES),
-            ", ".join(f"{count} × {kind}" for kind, count in row["failed"].items()) or "0",
-        )
+        table.add_row(*(cell(row) for _, cell in columns))
     return table
 
 
-_TIMES = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("itl_ms", "p50"), ("itl_ms", "p99"), ("tpot_ms", "p50"))
+def _time_column(header: str, field: str, name: str) -> tuple[str, Callable[[dict[str, Any]], str]]:
+    def cell(row: dict[str, Any]) -> str:
+        milliseconds = row[field][name]
+        return "" if milliseconds is None else f"{milliseconds:.1f}"
 
-
-def _cell(milliseconds: float | None) -> str:
-    return "" if milliseconds is None else f"{milliseconds:.1f}"
+    return header, cell

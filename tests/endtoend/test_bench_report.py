@@ -49,7 +49,7 @@ def test_each_width_is_measured_at_each_load(written: Written, tiny_server: Serv
         assert row["goodput_share"] == 1
         assert row["request_rate"] is None
     assert {row["concurrency"] for row in written.report["slo_met_up_to"]} == {4}
-    assert "4 at a time" in written.printed
+    assert "in flight" in written.printed
     # Three loads of four requests, one to warm up, and what was scored.
     assert tiny_server.metric("anybit_requests_total", bit_width="8", outcome="length") >= 13
 

@@ -186,7 +186,7 @@ def test_command_writes_both_files_and_scores_the_widths(server: LiveServer, tmp
     sweep = ("--concurrency", "3,1", "--slo-ttft-ms", "1e6", "--quality-tokens", "64")
     result = run(server, *sweep, "--html", html, "--json", out)
     assert result.exit_code == 0, result.output
-    assert "3 at a time" in result.output
+    assert "in flight" in result.output
     assert f"tiny on {TEXT}" in result.output
     report = json.loads(out.read_text())
     assert [(row["bit_width"], row["concurrency"]) for row in report["rows"]] == [(2, 1), (2, 3), (8, 1), (8, 3)]

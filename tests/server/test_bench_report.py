@@ -1,15 +1,27 @@
 """From outcomes to the row of a report."""
 
+import io
 import json
 import random
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from anybit.server.bench.answer import Answer, Failure
-from anybit.server.bench.load import LoadResult
-from anybit.server.bench.report import PERCENTILES, Goal, load_text, met_up_to, percentile, report_row, summarize
+from anybit.server.bench.load import Load, LoadResult
+from anybit.server.bench.report import (
+    PERCENTILES,
+    Goal,
+    load_text,
+    met_up_to,
+    percentile,
+    report_row,
+    report_table,
+    summarize,
+)
+from tests.server.bench_reports import CLOSED, OPEN, sample_report
 
 
 def answer(first: float = 0.1, last: float = 0.5, tokens: int = 5, width: int | None = 4) -> Answer:
@@ -100,6 +112,29 @@ def test_goal_is_met_up_to_the_first_load_that_misses_it(measured: tuple[float, 
     first, second = met_up_to(rows, 0.9)
     assert first == {"bit_width": 2, "concurrency": highest, "request_rate": None}
     assert second == {"bit_width": 8, "concurrency": 1, "request_rate": None}
+
+
+def printed(report: dict[str, Any]) -> str:
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(report_table(report, "title"))
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("loads", [CLOSED, OPEN])
+def test_table_of_a_sweep_fits_a_terminal(loads: tuple[Load, ...]) -> None:
+    text = printed(sample_report(loads))
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(lines) == 9  # no cell is wrapped
+    assert "…" not in text
+    assert [line.split("│")[2].strip() for line in lines[:3]] == [str(load.to_json()[load.kind]) for load in loads]
+
+
+def test_table_of_one_load_has_the_gaps_and_no_load() -> None:
+    text = printed(sample_report(CLOSED[:1]))
+    assert "ITL" in text
+    assert "flight" not in text
 
 
 @pytest.mark.parametrize(

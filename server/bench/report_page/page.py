@@ -4,7 +4,6 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
 
 from anybit.server.bench.report_page.plot import HEIGHT, WIDTH
 from anybit.server.bench.report_page.sections import sections
@@ -28,7 +27,7 @@ def render_page(report: dict[str, Any]) -> str:
     return environment.get_template("page.html").render(
         report=report,
         sections=sections(report),
-        style=Markup(_read("style.css")),
+        style=_read("style.css"),
         markers=_MARKERS,
         width=WIDTH,
         height=HEIGHT,
