@@ -1,5 +1,6 @@
 """The HTML report: what it shows, that it loads and runs nothing, and that nothing a server says becomes markup."""
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -14,11 +15,14 @@ from typer.testing import CliRunner
 from anybit.server.bench.report import Goal
 from anybit.server.bench.report_page.page import render_page
 from anybit.server.bench.report_page.sections import sections
+from anybit.server.bench.run import BenchSettings, bench_serve
 from anybit.server.cli import app
 from anybit.server.commands.bench_serve import OutputError
+from anybit.server.scoring.served_quality import served_quality
 from tests.fixtures.sentences import assert_one_sentence
 from tests.server.bench_reports import CLOSED, OPEN, TEXT, sample_report
 from tests.server.fake_engine import FakeEngine
+from tests.server.foreign_server import ForeignServer, Reply, answer, whole
 from tests.server.live_server import LiveServer
 
 VOID = r"<(meta|link)([^>]*[^/])>"
@@ -173,6 +177,44 @@ def test_server_of_another_make_gets_its_one_line() -> None:
     assert "default" in text_of(figures(root)["Answers per second"])
     assert not any("Perplexity" in title for title in figures(root))
     assert [section.title for section in sections(report)][:2] == ["At a glance", "Latency and throughput"]
+
+
+def test_another_server_has_a_report_that_says_what_it_does_not_offer() -> None:
+    async def no_scores(body: dict[str, Any]) -> Reply:
+        async for piece in answer(body) if body.get("stream") else _not_found():
+            yield piece
+
+    async def measure() -> dict[str, Any]:
+        async with ForeignServer(no_scores) as server:
+            url = f"{server.url}/v1"
+            report = await bench_serve(url, None, None, BenchSettings(requests=3, max_tokens=4))
+            return report | {"quality": await served_quality(url, None, report["model"], "", 64)}
+
+    report = asyncio.run(measure())
+    text = text_of(parsed(render_page(report)))
+    assert "their-model under load" in text
+    assert "has no series of AnyBit's" in text
+    assert "Perplexity was not measured: http://127.0.0.1" in text
+    assert "answered 404: no such route." in text
+
+
+async def _not_found() -> Reply:
+    yield whole(404, {"error": {"message": "no such route"}})
+
+
+def test_fewer_requests_than_the_load_wants_are_noted(server: LiveServer, tmp_path: Path) -> None:
+    result = run(server, "--html", tmp_path / "report.html", "--quality-tokens", "0")
+    assert "A round has 3 requests, so no more than that were in flight" in result.output
+    assert "--requests 8 is the least" in (tmp_path / "report.html").read_text()
+
+
+def test_the_servers_own_width_is_the_one_that_is_scored(server: LiveServer, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    result = run(server, "--bit-width", "", "--quality-tokens", "64", "--json", out)
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert [row["bit_width"] for row in report["rows"]] == [4]
+    assert [(row["bit_width"], row["effective_bits"]) for row in report["quality"]["results"]] == [(4, 4.25)]
 
 
 def run(server: LiveServer, *arguments: str | Path) -> Any:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from anybit.server.bench.load import Load
-from anybit.server.bench.report_page.axis import Axis, load_axis, value_axis
+from anybit.server.bench.report_page.axis import load_axis, value_axis
 from anybit.server.bench.report_page.number_text import byte_size, number, percent
 from anybit.server.bench.report_page.plot import HEIGHT, WIDTH, Bar, BarPlot, LinePlot, Point, Series, Table
 
@@ -29,9 +29,8 @@ def test_axis_holds_its_values_with_a_few_round_marks(seed: int, from_zero: bool
     values = [generator.uniform(0.01, 1) * scale for _ in range(generator.randint(1, 8))]
     axis = value_axis("", values, from_zero)
     assert all(-1e-9 <= axis.share(value) <= 1 + 1e-9 for value in values)
-    assert 2 <= len(axis.ticks) <= 8
-    shown = [tick.label for tick in axis.ticks if tick.label]
-    assert len(shown) == len(set(shown)) >= 2
+    labels = [label for _, label in axis.marks]
+    assert 2 <= len(labels) == len(set(labels)) <= 8
     assert axis.is_log == (max(values) / min(values) > 30)
     if from_zero and not axis.is_log:
         assert axis.low == 0
@@ -43,7 +42,7 @@ def test_axis_stands_whatever_was_measured(values: list[float]) -> None:
         axis = value_axis("", values, from_zero)
         assert axis.high > axis.low
         assert all(math.isfinite(axis.share(value)) for value in values)
-        assert len(axis.ticks) <= 8
+        assert len(axis.marks) <= 8
 
 
 def test_axis_of_values_with_a_zero_is_linear() -> None:
@@ -70,9 +69,16 @@ def test_one_load_lies_in_the_middle(load: Load) -> None:
     assert axis.share(places[load]) == 0.5
 
 
-def test_labels_of_close_marks_are_left_out() -> None:
-    axis = Axis("", 0.0, 1.0, marks=((0.0, "a"), (0.05, "b"), (0.2, "c"), (1.0, "d")))
-    assert [tick.label for tick in axis.ticks] == ["a", "", "c", "d"]
+def test_labels_of_close_marks_are_left_out_but_never_the_last() -> None:
+    loads = [Load("request_rate", rate) for rate in (*range(1, 40), math.inf)]
+    axis, places = load_axis(loads)
+    points = tuple(Point(places[load], 1, "") for load in loads)
+    plot = LinePlot("key", "", "", axis, value_axis("", [1]), (Series("a", 0, points),), EMPTY)
+    assert len(plot.x_ticks) == 40
+    shown = [tick for tick in plot.x_ticks if tick.text]
+    assert [shown[0].text, shown[-1].text] == ["1", "all at once"]
+    for before, after in itertools.pairwise(shown):
+        assert after.x - before.x >= 6 * (len(before.text) + len(after.text)) / 2
 
 
 @pytest.mark.parametrize("heights", [[0, 0, 0, 0, 0], [9, 9, 9, 9, 9], [0, 0.1, 5, 8.9, 9], [4, 4.1, 4.2, 9, 9]])

@@ -9,13 +9,6 @@ from anybit.server.bench.load import Load
 # Values further apart than this are told apart on a logarithmic axis only.
 _LINEAR_SPREAD = 30.0
 _MOST_TICKS = 6
-_CLOSEST_LABELS = 0.1  # share of the axis
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    share: float  # of the axis, from its beginning
-    label: str  # "" where there is no room
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +25,6 @@ class Axis:
         """Where `value` lies: 0 at the beginning, 1 at the end."""
         low, high, place = (math.log(v) if self.is_log else v for v in (self.low, self.high, value))
         return (place - low) / (high - low)
-
-    @property
-    def ticks(self) -> list[Tick]:
-        """The marks; labels that would touch the one before them are left out."""
-        ticks: list[Tick] = []
-        last = -math.inf
-        for value, label in self.marks:
-            share = self.share(value)
-            is_free = share - last >= _CLOSEST_LABELS
-            last = share if is_free else last
-            ticks.append(Tick(share, label if is_free else ""))
-        return ticks
 
 
 def value_axis(title: str, values: Sequence[float], from_zero: bool = True) -> Axis:

@@ -1,5 +1,6 @@
 """Plots as geometry: what lies where in the units of their drawing, from which the template makes SVG."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 68, 14, 44
 _LABEL_HEIGHT = 14.0
 _LABEL_WIDTH = 60.0
 _LABEL_GAP = 14.0
+_CHARACTER_WIDTH = 6.5
 _BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT = 26, 116, 76
 
 
@@ -75,11 +77,19 @@ class LinePlot:
 
     @property
     def x_ticks(self) -> list[Placed]:
-        return [Placed(self._across(tick.share), self.bottom, 0, tick.label) for tick in self.x.ticks]
+        """Labels that would touch the one behind them are left out; the last one stays."""
+        ticks: list[Placed] = []
+        free = math.inf  # where the label behind begins
+        for value, label in reversed(self.x.marks):
+            across, half = self._across(self.x.share(value)), _CHARACTER_WIDTH * (len(label) + 1) / 2
+            is_free = across + half <= free
+            free = across - half if is_free else free
+            ticks.append(Placed(across, self.bottom, 0, label if is_free else ""))
+        return ticks[::-1]
 
     @property
     def y_ticks(self) -> list[Placed]:
-        return [Placed(self.left, self._down(tick.share), 0, tick.label) for tick in self.y.ticks]
+        return [Placed(self.left, self._down(self.y.share(value)), 0, label) for value, label in self.y.marks]
 
     @property
     def limit_line(self) -> Placed | None:
