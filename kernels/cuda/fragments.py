@@ -5,8 +5,9 @@ A fragments of `mma.m16n8k32`: of step i, register j and byte b of lane 4·g + t
 
     row 16·row_tile + g + 8·(j mod 2),   column 128·column_tile + 32·i + 16·(j div 2) + 4·t + b.
 
-A two-bit stream has one 32-bit word per step, with register j's code at bits 2j of each byte; a one-bit stream has one
-word for two steps, with bit 4·(i mod 2) + j. The words of a lane lie side by side. `source/nested.cuh` reads this.
+A two-bit stream has one 32-bit word per step, a one-bit stream one word for two steps; the words of a lane lie side by side.
+Register j's bits lie in each byte at 4·(j mod 2), and further on by what `_FIRST` says of j div 2; those of the second of
+two steps at 2 more. So two streams become nibbles of codes by one selection, of two rows each: `source/product.cuh` does it.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ TILE_ROWS = 16
 TILE_COLUMNS = 128
 TILE_TOKENS = 4  # of an n-tile: two digits each make the eight columns of a B fragment
 _STEPS, _LANES, _REGISTERS, _BYTES = 4, 32, 4, 4
+_FIRST = {"c2": (2, 0), "c3": (1, 0), "c4": (0, 1), "c6": (2, 0), "c8": (0, 2)}
+"""Where a chunk's bits lie in a byte, of registers with the first 16 columns of a step and of those with the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,18 @@ def pack(weight: NestedWeight) -> FragmentWeight:
 
 def _pack_stream(packed: Tensor, chunk: layout.Chunk) -> Tensor:
     fields = _fragments(layout.unpack_chunk(packed, chunk))  # [row tiles, column tiles, steps, lanes, registers, bytes]
-    if chunk.bits == 1:
-        fields = fields.view(*fields.shape[:2], _STEPS // 2, 2, _LANES, _REGISTERS, _BYTES)
-        fields = fields.transpose(3, 4).flatten(4, 5)
-    words = torch.zeros_like(fields[..., 0, :])
-    for position in range(fields.shape[4]):
-        words |= fields[..., position, :] << (chunk.bits * position)
+    steps = 2 if chunk.bits == 1 else 1  # of a word
+    fields = fields.unflatten(2, (_STEPS // steps, steps))
+    words = torch.zeros_like(fields[:, :, :, 0, :, 0])
+    for step in range(steps):
+        for register in range(_REGISTERS):
+            words |= fields[:, :, :, step, :, register] << bit_position(chunk.name, step, register)
     return words.transpose(2, 3).contiguous().flatten(3)
+
+
+def bit_position(chunk_name: str, step: int, register: int) -> int:
+    """Where a register's bits lie in the bytes of a word, of its first or second step."""
+    return _FIRST[chunk_name][register // 2] + 4 * (register % 2) + 2 * step
 
 
 def _fragments(codes: Tensor) -> Tensor:

@@ -139,8 +139,7 @@ def multiply_mixed(
 ) -> None:
     """`multiply` with each row at its own width. Few rows, and values, read the weight once, at the widest of them.
 
-    Of fixed point numbers a row is bit for bit what it is alone; of values, as long as the same widths may be there and rows
-    take as many passes.
+    Of fixed point numbers a row is bit for bit what it is alone; of values, what it is among any others in as many passes.
     """
     if activations.form.is_values:
         multiply_values(activations, weight, max(widths.present), bias, y, widths=widths)

@@ -24,10 +24,13 @@ def unpack(stream: torch.Tensor, chunk: layout.Chunk) -> torch.Tensor:
     """One tile's stream, uint8 [32, bytes] -> the chunk's field of every code, uint8 [16, 128]."""
     fields = torch.zeros(16, 128, dtype=torch.uint8)
     for row, column, lane, step, register, byte in places():
+        first_of_row, is_second_half = 4 * (register % 2), register // 2
         if chunk.bits == 2:
-            value = int(stream[lane, 4 * step + byte]) >> (2 * register)
+            position = (2 - 2 * is_second_half) if chunk.name in ("c2", "c6") else 2 * is_second_half
+            value = int(stream[lane, 4 * step + byte]) >> (first_of_row + position)
         else:
-            value = int(stream[lane, 4 * (step // 2) + byte]) >> (4 * (step % 2) + register)
+            position = (1 - is_second_half) if chunk.name == "c3" else is_second_half
+            value = int(stream[lane, 4 * (step // 2) + byte]) >> (first_of_row + position + 2 * (step % 2))
         fields[row, column] = value & chunk.mask
     return fields
 

@@ -6,9 +6,9 @@ using namespace nested;
 
 constexpr int kWarps = 4;
 
-__device__ inline float level(u32 code, u32 residual, float2 high, float2 low) {
-    const float value = high.x * (float)code;
-    return kHasLow ? value + low.x * (float)residual + low.y : value + high.y;
+__device__ inline float level(u32 code, u32 residual, float2 high, float2 low, int half) {
+    const float value = high.x * place_scale(kHighBits, half) * (float)code;
+    return kHasLow ? value + low.x * place_scale(kLowBits, half) * (float)residual + low.y : value + high.y;
 }
 
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
@@ -35,7 +35,7 @@ nested_dequantize(Weight weight, __nv_bfloat16* out, int rows, int columns, int 
                 float value[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    value[i] = level(codes[j] >> (8 * i) & 255u, residual[j] >> (8 * i) & 255u, high, low);
+                    value[i] = level(codes[j] >> (8 * i) & 255u, residual[j] >> (8 * i) & 255u, high, low, half);
                 __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(value[0], value[1]), __floats2bfloat162_rn(value[2], value[3])};
                 *reinterpret_cast<uint2*>(out + (size_t)row * columns + column) = *reinterpret_cast<uint2*>(pairs);
             }

@@ -5,17 +5,19 @@ using namespace nested;
 
 __device__ inline u32 code_of(const Weight& weight, size_t tile, int lane, int step, int j, int byte) {
     const size_t place = tile * 32 + lane;
-    const auto two = [&](const uint4* stream) {
-        return reinterpret_cast<const u8*>(stream + place)[step * 4 + byte] >> (2 * j) & 3u;
+    const int row = 4 * (j % 2);
+    const auto two = [&](const uint4* stream, int first) {
+        return reinterpret_cast<const u8*>(stream + place)[step * 4 + byte] >> (row + first) & 3u;
     };
-    const auto one = [&](const uint2* stream) {
-        return reinterpret_cast<const u8*>(stream + place)[step / 2 * 4 + byte] >> (4 * (step % 2) + j) & 1u;
+    const auto one = [&](const uint2* stream, int first) {
+        return reinterpret_cast<const u8*>(stream + place)[step / 2 * 4 + byte] >> (row + first + 2 * (step % 2)) & 1u;
     };
-    u32 high = two(weight.c2), low = 0;
-    if (kHasC3) high = high << 1 | one(weight.c3);
-    if (kHasC4) high = high << 1 | one(weight.c4);
-    if (kHasC6) low = two(weight.c6);
-    if (kHasC8) low = low << 2 | two(weight.c8);
+    const int columns = j / 2;  // the first or the last 16 of a step
+    u32 high = two(weight.c2, 2 - 2 * columns), low = 0;
+    if (kHasC3) high = high << 1 | one(weight.c3, 1 - columns);
+    if (kHasC4) high = high << 1 | one(weight.c4, columns);
+    if (kHasC6) low = two(weight.c6, 2 - 2 * columns);
+    if (kHasC8) low = low << 2 | two(weight.c8, 2 * columns);
     return high | low << 8;
 }
 

@@ -71,14 +71,17 @@ __device__ inline void add_phase(const int (&sums)[kSums], const u8* tile, int p
     const Part* parts = reinterpret_cast<const Part*>(tile + kCodeBytes + (is_low ? kPartsBytes : 0));
     float2 part[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) part[half] = part_floats(parts[group * kRows + half * 8 + threadIdx.x % 32 / 4]);
+    for (int half = 0; half < 2; ++half) {
+        part[half] = part_floats(parts[group * kRows + half * 8 + threadIdx.x % 32 / 4]);
+        part[half].x *= place_scale(is_low ? kLowBits : kHighBits, half);
+    }
     scales += group * kPassTokens + threadIdx.x % 4;
 #pragma unroll
     for (int q = 0; q < PASS_TILES; ++q) {
         const float2 scale = scales[q * kTokens];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // The integer is below 2^25 and becomes a float as 128 * d1 + d0 does in one fused operation.
+            // The integer is below 2^25, times a power of two, and becomes a float as 128 * d1 + d0 does in one fused operation.
             const float product = (float)(128 * sums[4 * q + 2 * half] + sums[4 * q + 2 * half + 1]);
             out[q][half] = __fmaf_rn(part[half].x, product * scale.x, out[q][half]);
             if (is_last) out[q][half] = __fmaf_rn(part[half].y, scale.y, out[q][half]);

@@ -1,7 +1,6 @@
 // Products of rows of several widths in one launch: a weight is read once, at the widest of them, and each n-tile takes the
 // bits of its own width. All of a row's arithmetic is that of `uniform.cuh` at its width.
 #pragma once
-#include "product.cuh"
 #include "widths.cuh"
 
 namespace nested {
@@ -36,14 +35,14 @@ struct StepCodes {
     u32 two[4], three[4], nibble[4], six[4], low[4];
 
     __device__ StepCodes(const Codes& tile, int step) {
-        constexpr int kHighBits = BITS < 4 ? BITS : 4;
         high_codes(tile, step, nibble);
         if (kHasLow) low_codes(tile, step, low);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            if (present(2)) two[j] = nibble[j] >> (kHighBits - 2) & 0x03030303u;
-            if (present(3)) three[j] = nibble[j] >> (kHighBits > 3 ? kHighBits - 3 : 0) & 0x07070707u;
-            if (kHasSixOfEight) six[j] = low[j] >> 2 & 0x03030303u;
+            const int row = 4 * (j % 2);  // its nibble
+            if (present(2)) two[j] = nibble[j] & prefix_mask(2) << row;
+            if (present(3)) three[j] = nibble[j] & prefix_mask(3) << row;
+            if (kHasSixOfEight) six[j] = low[j] & prefix_mask(2) << row;
         }
     }
 };
@@ -103,7 +102,7 @@ __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles
         for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const Floats floats([&](int at) { return tiles[r].parts[at][group][half]; });
+                const Floats floats([&](int at) { return tiles[r].parts[at][group][half]; }, half);
 #pragma unroll
                 for (int q = 0; q < TOKEN_TILES; ++q) {
                     const int width = widths.of[q];

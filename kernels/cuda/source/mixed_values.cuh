@@ -1,66 +1,62 @@
-// Products of values with rows of several widths: every bit of a weight is read, unpacked and multiplied once, for all of them.
+// Products of values with rows of several widths: every bit of a weight is read once, for all of them.
 //
-// The widths that may be there cut a code into fields. Each field's bits, as numbers that count from kAbove, are multiplied with
-// all tokens into sums of its own; at the end of a group a token adds up the fields of its width, each times its scale:
-// w = sum of scale * 2^(bits that follow) * field + zero. What kAbove adds goes with the zero, by the sum of the token's values.
+// The codes that widths take of a weight's nibbles, as numbers that count from kAbove, are multiplied with all tokens into sums of
+// their own; at the end of a group a token adds up those of its width, each times its scale. What kAbove adds goes with the zero,
+// by the sum of the token's values. So a width's arithmetic is the same whatever other widths there are.
 #pragma once
 #include "divided.cuh"
 
 namespace nested {
 
-__device__ constexpr bool ends_field(int place) { return present(width_at(place)) || (place == kNibble && kHasLow); }
-__device__ constexpr int fields_before(int place) { return count_before(place, ends_field); }
-__device__ constexpr int field_start(int place) {  // where the field begins that ends at a place
-    return place == 0 ? 0 : ends_field(place - 1) ? width_at(place - 1) : field_start(place - 1);
-}
-constexpr int kFields = fields_before(kPlaces);
+// Codes that are multiplied: by the place of their width, those above 4 bits being its bits of the low nibble.
+__device__ constexpr bool multiplies(int place) { return reads_part(place); }
+__device__ constexpr int products_before(int place) { return count_before(place, multiplies); }
+constexpr int kProducts = products_before(kPlaces), kOfNibble = products_before(kNibble);
 
 // Sums of a token's values over each group, behind the ring's inputs.
 constexpr int kSumBytes = kPassTokens * 4;
 constexpr int kInputSums = STAGES * kInputBytes, kWeights = kInputSums + STAGES * kGroups * kSumBytes;
 constexpr int kBarriers = kWeights + STAGES * kWarps * kTileBytes;
 
-using Fragments = u32[kFields][2][4];  // of 32 columns, 16 at a time
+using Fragments = u32[kProducts][2][4];  // of 32 columns, 16 at a time
 
-// What a row in one group multiplies each field with, at each width, and the sum of a token's values.
+// What a row in one group multiplies with, at each width: sums of the high nibble, of the low one, and of a token's values.
 struct Coefficients {
-    float field[kPlaces][kFields], constant[kPlaces];
+    float3 of[kPlaces];
 
     __device__ Coefficients(const u8* tile, int group, int half) {
         const Part* parts = reinterpret_cast<const Part*>(tile + kCodeBytes) + group * kRows + half * 8 + threadIdx.x % 32 / 4;
-        const Floats floats([&](int place) { return parts[parts_before(place) * kGroups * kRows]; });
+        const Floats floats([&](int place) { return parts[parts_before(place) * kGroups * kRows]; }, 0);
 #pragma unroll
         for (int at = 0; at < kPlaces; ++at) {
             if (!present(width_at(at))) continue;
-            constant[at] = floats.of[at].z;
-#pragma unroll
-            for (int end = 0; end <= at; ++end) {
-                if (!ends_field(end)) continue;
-                const int followed = (end <= kNibble && at > kNibble ? 4 : width_at(at)) - width_at(end);
-                float& own = field[at][fields_before(end)];
-                own = (end <= kNibble ? floats.of[at].x : floats.of[at].y) * (1 << followed);
-                constant[at] = __fmaf_rn(-kAbove, own, constant[at]);
-            }
+            of[at] = floats.of[at];
+            of[at].z = __fmaf_rn(-kAbove, of[at].x + of[at].y, of[at].z);
         }
     }
 };
 
-template <int kPlace = 0>
 __device__ inline void unpack(const Codes& codes, int step, Fragments& fragments) {
-    if constexpr (kPlace < kPlaces) {
-        if constexpr (ends_field(kPlace)) {
-            u32 field[4];
-            field_codes<field_start(kPlace), width_at(kPlace)>(codes, step, field);
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+    for (int columns = 0; columns < 2; ++columns) {
+        const u32 high = high_nibbles(codes, step, columns), low = kHasLow ? low_nibbles(codes, step, columns) : 0;
+#pragma unroll
+        for (int at = 0; at < kPlaces; ++at) {
+            if (!multiplies(at)) continue;
+            u32 bytes[2];
+            if (at <= kNibble)
+                brought_down(high, width_at(at), bytes);
+            else
+                brought_down(low, width_at(at) - 4, bytes);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int s = 0; s < 2; ++s) {
-                    u32& to = fragments[fields_before(kPlace)][s][j];
-                    to = above(field[j], s);
+                    u32& to = fragments[products_before(at)][s][2 * columns + half];
+                    to = above(bytes[half], s);
                     asm volatile("" : "+r"(to));  // here and not on the way into a product
                 }
         }
-        unpack<kPlace + 1>(codes, step, fragments);
     }
 }
 
@@ -74,7 +70,7 @@ struct Products {
     Place place;
     Codes codes;
     Fragments fragments, later_fragments;
-    float of_field[kFields][kValueSums], sums[kValueSums];
+    float products[kProducts][kValueSums], sums[kValueSums];
 
     __device__ Products(const u8* ring, const Barriers& barriers, int count, const long long* tile_widths, int num_widths)
         : ring(ring), barriers(barriers), left(count), tile_widths(tile_widths), num_widths(num_widths) {
@@ -93,9 +89,9 @@ struct Products {
     __device__ void multiply_step(unsigned long long described, int step, const Fragments& from) {
         begin_products();
 #pragma unroll
-        for (int f = 0; f < kFields; ++f) {
-            multiply_values<kFirst>(of_field[f], from[f][0], described + described_step(2 * step));
-            multiply_values<false>(of_field[f], from[f][1], described + described_step(2 * step + 1));
+        for (int p = 0; p < kProducts; ++p) {
+            multiply_values<kFirst>(products[p], from[p][0], described + described_step(2 * step));
+            multiply_values<false>(products[p], from[p][1], described + described_step(2 * step + 1));
         }
         commit_products();
     }
@@ -110,11 +106,11 @@ struct Products {
                 if (!present(width_at(at)) || widths[q] != width_at(at)) continue;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const Coefficients& own = coefficients[i / 2];
+                    const float3 own = coefficients[i / 2].of[at];
                     float& sum = sums[4 * q + i];
-#pragma unroll
-                    for (int f = 0; f < fields_before(at + 1); ++f) sum = __fmaf_rn(own.field[at][f], of_field[f][4 * q + i], sum);
-                    sum = __fmaf_rn(own.constant[at], i % 2 == 0 ? total.x : total.y, sum);
+                    sum = __fmaf_rn(own.x, products[at <= kNibble ? products_before(at) : kOfNibble][4 * q + i], sum);
+                    if (at > kNibble) sum = __fmaf_rn(own.y, products[products_before(at)][4 * q + i], sum);
+                    sum = __fmaf_rn(own.z, i % 2 == 0 ? total.x : total.y, sum);
                 }
             }
         }
@@ -148,7 +144,7 @@ struct Products {
                 const int group = step / kStepsOfGroup;
                 const Coefficients coefficients[] = {{weights_at(place), group, 0}, {weights_at(place), group, 1}};
 #pragma unroll
-                for (int f = 0; f < kFields; ++f) wait_for_values(of_field[f]);
+                for (int p = 0; p < kProducts; ++p) wait_for_values(products[p]);
                 add_group(group, coefficients, widths);
             }
             __syncwarp();

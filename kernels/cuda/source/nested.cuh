@@ -72,8 +72,6 @@ struct MixedWeight : Streams {
     const Part* parts[5];
 };
 
-// The 4 registers of an A fragment hold codes as bytes. Of step i, register j takes bits 2j of the bytes of word i of a
-// two-bit stream, and bits 4(i mod 2) + j of word i/2 of a one-bit stream.
 __device__ inline u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 __device__ inline u32 word(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
 

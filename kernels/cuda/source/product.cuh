@@ -55,36 +55,45 @@ struct Codes {
 };
 
 __device__ inline u32 moved(u32 v, int right) { return right >= 0 ? v >> right : v << -right; }
-__device__ inline u32 with_bits(u32 v, u32 mask, u32 others) {  // (v & mask) | others
+__device__ inline u32 selected(u32 a, u32 b, u32 mask) {  // (a & mask) | (b & ~mask)
     u32 result;
-    asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(result) : "r"(v), "r"(mask), "r"(others));
+    asm("lop3.b32 %0,%1,%2,%3,0xE4;" : "=r"(result) : "r"(a), "r"(b), "r"(mask));
     return result;
 }
 
-// Bits kFrom up to kTo of the codes, counted from their top, as integers; both are widths, or 0, on one side of the nibbles' border.
-template <int kFrom, int kTo>
-__device__ inline void field_codes(const Codes& tile, int step, u32* codes) {
-    constexpr bool kHas[] = {kFrom < 2, kFrom < 3 && kTo > 2, kFrom < 4 && kTo > 3, kFrom == 4 && kTo > 4, kTo > 6};  // streams
-    static_assert(kTo <= 4 || kFrom >= 4, "a field has one scale");
+// Nibbles of the codes of a step's first or second 16 columns: in each byte the lower one of row g, the upper one of row g + 8. What
+// a width of fewer than 4 bits has of them are their upper bits; `prefix_mask` leaves those alone. `kernels/cuda/fragments.py` says
+// where streams have their bits.
+__device__ constexpr u32 prefix_mask(int bits) { return 0x0F0F0F0Fu & 0x01010101u * (0xFu << (4 - bits)); }
+__device__ inline u32 high_nibbles(const Codes& tile, int step, int columns) {
+    const u32 two = moved(word(tile.c2, step), -2 * columns);
+    if (!kHasC3) return two;
+    const u32 third = moved(word(tile.c3, step / 2), -columns);
+    const u32 both = kHasC4 ? selected(third, moved(word(tile.c4, step / 2), columns), 0xAAAAAAAAu) : third;  // of two steps
+    return selected(two, moved(both, 2 * (step % 2)), 0xCCCCCCCCu);
+}
+__device__ inline u32 low_nibbles(const Codes& tile, int step, int columns) {
+    const u32 two = moved(word(tile.c6, step), -2 * columns);
+    return kHasC8 ? selected(two, moved(word(tile.c8, step), 2 * columns), 0xCCCCCCCCu) : two;
+}
+
+constexpr int kHighBits = kHasC4 ? 4 : BITS, kLowBits = kHasLow ? BITS - 4 : 0;
+
+// As the bytes of an A operand, register after register: codes of so many bits times 2^(4 - bits), those of row g + 8 by 16 as well.
+__device__ inline void in_place(u32 nibbles, int bits, u32* registers) {
+    registers[0] = nibbles & prefix_mask(bits);
+    registers[1] = nibbles & prefix_mask(bits) << 4;
+}
+__device__ inline void high_codes(const Codes& tile, int step, u32* codes) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int bit = 4 * (step % 2) + j;
-        const auto add = [&](bool is_first, u32 stream, int at, int below, u32 mask) {  // `below`: bits that follow the stream's
-            const u32 bits = moved(stream, at - below);
-            codes[j] = is_first ? bits & (mask << below) : with_bits(bits, mask << below, codes[j]);
-        };
-        if (kHas[0]) add(true, word(tile.c2, step), 2 * j, kTo - 2, 0x03030303u);
-        if (kHas[1]) add(kFrom == 2, word(tile.c3, step / 2), bit, kTo - 3, 0x01010101u);
-        if (kHas[2]) add(kFrom == 3, word(tile.c4, step / 2), bit, kTo - 4, 0x01010101u);
-        if (kHas[3]) add(true, word(tile.c6, step), 2 * j, kTo - 6, 0x03030303u);
-        if (kHas[4]) add(kFrom == 6, word(tile.c8, step), 2 * j, kTo - 8, 0x03030303u);
-    }
+    for (int columns = 0; columns < 2; ++columns) in_place(high_nibbles(tile, step, columns), kHighBits, codes + 2 * columns);
 }
-// The bits of either nibble that BITS has.
-__device__ inline void high_codes(const Codes& tile, int step, u32* codes) { field_codes<0, kHasC4 ? 4 : BITS>(tile, step, codes); }
 __device__ inline void low_codes(const Codes& tile, int step, u32* codes) {
-    if constexpr (kHasLow) field_codes<4, BITS>(tile, step, codes);
+#pragma unroll
+    for (int columns = 0; columns < 2; ++columns) in_place(low_nibbles(tile, step, columns), kLowBits, codes + 2 * columns);
 }
+// What makes up for that, of row g or g + 8.
+__device__ constexpr float place_scale(int bits, int half) { return (half == 0 ? 1.f : 0.0625f) / (1 << (4 - bits)); }
 
 template <bool kFirst>
 __device__ inline void multiply(int* sum, const u32* codes, uint2 x) {

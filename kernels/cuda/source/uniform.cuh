@@ -67,12 +67,13 @@ __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles
             for (int half = 0; half < 2; ++half) {
                 const float2 part = part_floats(tiles[r].high[group][half]);
                 const float2 own = kHasLow ? part_floats(tiles[r].low[group][half]) : part;
+                const float high_scale = part.x * place_scale(kHighBits, half), low_scale = own.x * place_scale(kLowBits, half);
 #pragma unroll
                 for (int q = 0; q < TOKEN_TILES; ++q) {
                     const float step = x_scale[q].x, total = x_scale[q].y;
                     float& sum = out[r][q][half];
-                    sum = __fmaf_rn(part.x, joined(high[r][q][2 * half], high[r][q][2 * half + 1]) * step, sum);
-                    if (kHasLow) sum = __fmaf_rn(own.x, joined(low[r][q][2 * half], low[r][q][2 * half + 1]) * step, sum);
+                    sum = __fmaf_rn(high_scale, joined(high[r][q][2 * half], high[r][q][2 * half + 1]) * step, sum);
+                    if (kHasLow) sum = __fmaf_rn(low_scale, joined(low[r][q][2 * half], low[r][q][2 * half + 1]) * step, sum);
                     sum = __fmaf_rn(own.y, total, sum);
                 }
             }

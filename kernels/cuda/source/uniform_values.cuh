@@ -24,12 +24,12 @@ struct Levels {
             float offset = high.y;
             if (kHasLow) {
                 const float2 low = part_floats(parts[kGroups * kRows + place]);
-                low_scale[half] = twice(low.x);
+                low_scale[half] = twice(low.x * place_scale(kLowBits, 0));
                 offset = low.y;
             }
             const float nearest = fminf(fmaxf(rintf(__fdividef(-offset, high.x)), 0.f), 15.f);
-            scale[half] = twice(high.x);
-            from[half] = twice(kAbove + nearest);
+            scale[half] = twice(high.x * place_scale(kHighBits, 0));
+            from[half] = twice(kAbove + nearest / place_scale(kHighBits, 0));
             zero[half] = twice(__fmaf_rn(nearest, high.x, offset));
         }
     }
@@ -37,8 +37,11 @@ struct Levels {
 
 __device__ inline void unpack(const Codes& codes, const Levels& levels, int step, Fragments& fragments) {
     u32 high[4], low[4];
-    high_codes(codes, step, high);
-    if (kHasLow) low_codes(codes, step, low);
+#pragma unroll
+    for (int columns = 0; columns < 2; ++columns) {
+        brought_down(high_nibbles(codes, step, columns), kHighBits, high + 2 * columns);
+        if (kHasLow) brought_down(low_nibbles(codes, step, columns), kLowBits, low + 2 * columns);
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll

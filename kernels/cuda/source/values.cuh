@@ -4,6 +4,7 @@
 // chunks of 16 in the order 0 ^ token, 1 ^ token, ... Within 32 columns, column 16 h + 4 t + 2 s + e is kept at
 // 16 s + 8 h + 2 t + e: a lane's four neighbouring codes then are two pairs of the A operands of two steps of 16.
 #pragma once
+#include "product.cuh"
 #include "wgmma.cuh"
 
 #if VALUE == 1
@@ -32,6 +33,11 @@ __device__ inline Pair rounded(float first, float second) { return __floats2bflo
 __device__ inline u32 as_bits(Pair value) { return *reinterpret_cast<u32*>(&value); }
 __device__ inline Pair fused(Pair a, Pair b, Pair c) { return __hfma2(a, b, c); }
 
+// As `in_place`, but all of them in the lower nibble, for `above`.
+__device__ inline void brought_down(u32 nibbles, int bits, u32* registers) {
+    registers[0] = nibbles & prefix_mask(bits);
+    registers[1] = nibbles >> 4 & prefix_mask(bits);
+}
 // The first or second two of four codes, each below 128, as numbers: kAbove + code, or counted from `from` - kAbove.
 __device__ inline u32 above(u32 codes, int half) { return __byte_perm(codes, kExponents, half == 0 ? 0x4140 : 0x4342); }
 __device__ inline Pair counted(u32 codes, int half, Pair from) {

@@ -1,7 +1,7 @@
 // Rows of several widths in one launch: which there may be. WIDTHS has bit r set if rows of width r may be there; BITS is the
 // widest of them.
 #pragma once
-#include "nested.cuh"
+#include "product.cuh"
 
 namespace nested {
 
@@ -19,19 +19,22 @@ __device__ constexpr int count_before(int place, Predicate holds) {
 constexpr bool kReadsNibble = present(4) || kHasLow;
 __device__ constexpr bool reads_part(int place) { return place == kNibble ? kReadsNibble : present(width_at(place)); }
 
-// Scale of the high nibble; scale of the low one; zero: of a row in one group, at every width that may be there.
+// Scale of the high nibble; scale of the low one; zero: of a row in one group, at every width that may be there. Scales are for
+// codes that lie in place, in the lower nibble or (half 1) the upper one.
 struct Floats {
     float3 of[kPlaces];
 
     // part_at(place) gives what is read there.
     template <class PartAt>
-    __device__ explicit Floats(const PartAt& part_at) {
+    __device__ Floats(const PartAt& part_at, int half) {
         const float2 nibble = kReadsNibble ? part_floats(part_at(kNibble)) : make_float2(0.f, 0.f);
 #pragma unroll
         for (int at = 0; at < kPlaces; ++at) {
             if (!present(width_at(at))) continue;
             const float2 own = part_floats(part_at(at));
-            of[at] = width_at(at) > 4 ? make_float3(nibble.x, own.x, own.y) : make_float3(own.x, 0.f, own.y);
+            const int bits = width_at(at);
+            of[at] = bits > 4 ? make_float3(nibble.x * place_scale(4, half), own.x * place_scale(bits - 4, half), own.y)
+                              : make_float3(own.x * place_scale(bits, half), 0.f, own.y);
         }
     }
     __device__ float3 at(int width) const {
