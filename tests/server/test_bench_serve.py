@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from anybit.server.bench.load import Load
 from anybit.server.bench.run import BenchError, BenchSettings, bench_serve
 from anybit.server.bench.target import Target, TargetError, normalize_base_url
 from anybit.server.bench.workload import Workload
-from anybit.server.cli import app
 from tests.server.fake_engine import FakeEngine
 from tests.server.foreign_server import STREAM_HEAD, ForeignServer, Reply, Script, answer, event, whole
 from tests.server.live_server import LiveServer
@@ -254,40 +252,3 @@ def test_own_server_lists_its_widths_and_wants_its_key(start: Callable[..., Live
     assert report["server"]["default_bit_width"] == 4
     with pytest.raises(TargetError, match="--api-key"):
         asyncio.run(bench_serve(normalize_base_url(server.url), "other", None, settings))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--base-url", "127.0.0.1:8000"),
-        ("--bit-width", "5"),
-        ("--endpoint", "embeddings"),
-        ("--concurrency", "2", "--request-rate", "1"),
-        ("--request-rate", "0"),
-        ("--request-rate", "nan"),
-        ("--request-rate", "1,-2"),
-        ("--request-rate", "1,fast"),
-        ("--concurrency", "0"),
-        ("--concurrency", "1,,4"),
-        ("--concurrency", "1.5"),
-        ("--concurrency", ""),
-        ("--concurrency", "4,64", "--requests", "32"),
-        ("--slo-share", "0"),
-        ("--slo-share", "nan"),
-        ("--quality-tokens", "-1"),
-        ("--quality-tokens", "3"),
-        ("--shared-prefix-tokens", "300"),
-        ("--prompts", "/nowhere/prompts.txt"),
-        ("--json", "/nowhere/report.json"),
-        ("--html", "/nowhere/report.html"),
-        ("--html", "/"),
-        ("--html", "/proc/report.html"),
-        ("--html", "report", "--json", "./report"),
-        ("--timeout", "inf"),
-        ("--api-key", "schlüssel"),
-    ],
-)
-def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, ["bench", "serve", *arguments])
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
