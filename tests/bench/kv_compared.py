@@ -53,10 +53,19 @@ def page_formats() -> dict[str, PageFormat]:
     }
 
 
-def _rotated(table: Table, is_balanced: bool = False) -> PageFormat:
-    """Keys less the page's mean, as in QET's serving form."""
-    return PageFormat(PairCodec(table, has_mean=True), PairCodec(table, has_mean=False), True, is_balanced)
+def balanced(keys: Table, values: Table) -> PageFormat:
+    """QET's serving form with these tables."""
+    return _less_mean(keys, values, is_balanced=True)
 
 
 def _balanced(table: Table) -> PageFormat:
-    return _rotated(table, is_balanced=True)
+    return balanced(table, table)
+
+
+def _rotated(table: Table) -> PageFormat:
+    return _less_mean(table, table, is_balanced=False)
+
+
+def _less_mean(keys: Table, values: Table, is_balanced: bool) -> PageFormat:
+    """Keys less the page's mean."""
+    return PageFormat(PairCodec(keys, has_mean=True), PairCodec(values, has_mean=False), True, is_balanced)

@@ -49,13 +49,20 @@ class Reference:
         (variant,) = Comparison(reader, options.context, 8, (OWN_FORMAT,), device).nested((options.bit_width,))
         return cls(options, reader, variant, device)
 
-    def score(self, variants: Sequence[Variant]) -> None:
-        """Beside the reference, on the text's windows."""
+    def encode(self, text: str) -> list[int]:
         tokenizer = Tokenizer.from_file(str(self.reader.directory / "tokenizer.json"))
-        token_ids = tokenizer.encode(read_text(self.options.text), add_special_tokens=False).ids
+        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return token_ids
+
+    def windows(self) -> list[list[int]]:
+        """Of the text."""
+        return windows(self.encode(read_text(self.options.text)), self.options.context, self.options.max_tokens)
+
+    def score(self, variants: Sequence[Variant], token_windows: Sequence[Sequence[int]] | None = None) -> None:
+        """Beside the reference, on all of the text's windows or on these."""
         score_windows(
             [self.variant, *variants],
-            windows(token_ids, self.options.context, self.options.max_tokens),
+            self.windows() if token_windows is None else token_windows,
             self.variant,
             lambda done, total: print(f"{done} of {total}", flush=True),
         )

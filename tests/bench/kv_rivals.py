@@ -10,9 +10,12 @@ from anybit.kernels.page_layout import PAGE_TOKENS, Field, PageLayout
 from anybit.kvcache.codec.clustering import cluster, nearest
 from anybit.kvcache.codec.packing import pack_codes, unpack_codes
 from anybit.kvcache.codec.pages import PageFields
+from anybit.kvcache.codec.pairs import PairTable
 from anybit.kvcache.codec.qet_matrix import reorder, restore
 
+REFINING_ITERATIONS = 20
 _ITERATIONS = 60
+_LARGEST_ENTRY = 127  # in steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,24 @@ def swapped_table(num_layers: int, bits: int) -> SwappedTable:
     parts = ordered.view(len(ordered), 1 << num_layers, -1, 2).transpose(0, 1).flatten(1, 2)
     count = 1 << (bits - num_layers)
     return SwappedTable(torch.stack([cluster(part, count, _ITERATIONS, generator) for part in parts]))
+
+
+def ordered_pairs(vectors: Tensor) -> Tensor:
+    """Of vectors [..., head_dim] over their size, as tables of ordered pairs are searched: [pairs, 2]."""
+    pairs = (vectors / vectors.square().mean(-1, keepdim=True).sqrt()).reshape(-1, 2)
+    return torch.stack((pairs.amax(1), pairs.amin(1)), dim=1)
+
+
+def refined(table: PairTable, points: Tensor) -> PairTable:
+    """Lloyd's algorithm from the table's entries on ordered pairs [pairs, 2]; rounded as the universal entries are."""
+    entries = table.entries
+    for _ in range(REFINING_ITERATIONS):
+        labels, _ = nearest(points, entries)
+        counts = torch.bincount(labels, minlength=len(entries))[:, None]
+        sums = torch.zeros_like(entries).index_add_(0, labels, points)
+        entries = torch.where(counts > 0, sums / counts.clamp_min(1), entries)
+    step = entries.abs().max() / _LARGEST_ENTRY
+    return PairTable((entries / step).round() * step)
 
 
 def _vectors(generator: torch.Generator) -> Tensor:

@@ -1,12 +1,13 @@
 """Markdown tables of what formats of keys and values cost, from the reports under results/.
 
-python tests/bench/kv_tables.py divergence|errors|published|balance
+python tests/bench/kv_tables.py divergence|errors|published|balance|codebooks
 """
 
 import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -14,7 +15,13 @@ MODELS = {"smollm2": "SmolLM2-135M", "qwen25": "Qwen2.5-0.5B"}
 
 
 def main() -> None:
-    tables = {"divergence": divergence, "errors": errors, "published": published, "balance": balance}
+    tables = {
+        "divergence": divergence,
+        "errors": errors,
+        "published": published,
+        "balance": balance,
+        "codebooks": codebooks,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tables)
     print("\n".join(tables[parser.parse_args().table]()))
@@ -97,6 +104,33 @@ def balance() -> Iterator[str]:
             raised = ", ".join(map(str, row["raised"])) or "–"
             agreement = f"{100 * row['top1_agreement']:.1f} %"
             yield line(title, row["kv_format"], row["balance"], raised, f"{row['kl']:.4f}", agreement)
+
+
+def codebooks() -> Iterator[str]:
+    """Errors, KL and top-1 agreement by what codebooks are trained on, of kv_codebooks.py; changes are from the universal
+    ones, of KL in each window too."""
+    changes = ("Δ keys", "Δ values", "Δ output", "Δ KL", "Δ KL by window")
+    yield from header("model", "format", "codebooks", "calibration", "KL", "same token", *changes)
+    for title, report in reports("kv_codebooks").items():
+        universal = {row["kv_format"]: row for row in report["rows"] if row["codebooks"] == "universal"}
+        for row in report["rows"]:
+            base = universal[row["kv_format"]]
+            calibration = "–" if row["calibration"] is None else str(row["calibration"] + 1)
+            cells = [title, row["kv_format"], row["codebooks"], calibration]
+            cells += [f"{fmean(row['kl']):.5f}", f"{100 * fmean(row['top1_agreement']):.1f} %"]
+            if row is base:
+                cells += ["–"] * len(changes)
+            else:
+                cells += [percent(row[column] / base[column]) for column in ("k", "v", "output")]
+                cells.append(percent(fmean(row["kl"]) / fmean(base["kl"])))
+                by_window = zip(row["kl"], base["kl"], strict=True)
+                cells.append(", ".join(percent(found / wanted, 0) for found, wanted in by_window))
+            yield line(*cells)
+
+
+def percent(ratio: float, digits: int = 1) -> str:
+    """By how much more or less than 1."""
+    return f"{100 * (ratio - 1):+.{digits}f} %".replace("-", "−")
 
 
 def reports(kind: str) -> dict[str, dict[str, Any]]:
