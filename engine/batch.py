@@ -15,7 +15,7 @@ from anybit.engine.chunk import Chunk, PlacedChunk, attended_together, by_width
 from anybit.engine.int64_tensors import int64_tensors
 from anybit.engine.kv.sealed_batch import SealedRows, sealed_rows
 from anybit.engine.sequence import Sequence
-from anybit.kernels.widths import TileWidths, WidthSegment
+from anybit.kernels.widths import RowWidths, WidthSegment
 from anybit.kvcache.formats import EXACT_FORMATS, is_exact
 from anybit.kvcache.spec import PAGE_SIZE
 
@@ -43,7 +43,7 @@ class BatchPlan:
     """Inputs of one forward pass. `sampled` lists the sequences of `sampled_rows`, in order.
 
     Rows of exact formats are in `attention_groups`, others in `sealed`: these are written to exact pages as well, their own.
-    With `tile_widths` rows are at the widths that these name, four by four, and `segments` says nothing.
+    With `row_widths` rows are at the widths that these name, and `segments` says nothing.
     """
 
     token_ids: Tensor  # int64 [rows]
@@ -59,7 +59,7 @@ class BatchPlan:
     row_formats: Tensor | None = (
         None  # int64 [rows]: places in `sealed`, -1 for exact formats; None if nothing is sealed
     )
-    tile_widths: TileWidths | None = None
+    row_widths: RowWidths | None = None
 
 
 def plan_batch(chunks: ReadOnly[Chunk], device: torch.device | str = "cpu") -> BatchPlan:

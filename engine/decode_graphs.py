@@ -24,7 +24,6 @@ from anybit.engine.sampling import FoundTokens, next_tokens
 from anybit.engine.sequence import Sequence
 from anybit.engine.step_inputs import DecodeRow, StepInputs, StepShape
 from anybit.kernels import dispatch
-from anybit.kernels.cuda.fragments import TILE_TOKENS
 from anybit.kernels.layout import BIT_WIDTHS
 from anybit.kernels.widths import MIXED_ROWS
 from anybit.kvcache.pool import KVPool
@@ -69,6 +68,9 @@ class DecodeGraphs:
     """Captures and replays the decode steps of one decoder over one pool."""
 
     def __init__(self, decoder: Decoder, pool: KVPool) -> None:
+        """`can_serve` has said so."""
+        assert isinstance(decoder.native, CudaLayers)
+        self._layers = decoder.native
         self._decoder = decoder
         self._pool = pool
         self._memory = torch.cuda.graph_pool_handle()
@@ -93,7 +95,7 @@ class DecodeGraphs:
         rows: list[DecodeRow] = []
         end = 0
         widths = by_width(chunks)
-        alignment = row_alignment([len(members) for members in widths.values()])
+        alignment = self._layers.row_alignment([len(members) for members in widths.values()])
         for width, members in widths.items():
             start = end + -end % alignment
             end = start + len(members)
@@ -142,12 +144,6 @@ def padded_rows(count: int) -> int:
         if count <= size:
             return size
     return count + -count % 16
-
-
-def row_alignment(counts: ReadOnly[int]) -> int:
-    """Rows of a width begin at a multiple of this, for so many rows of each (`TileWidths`)."""
-    few = sum(count + -count % TILE_TOKENS for count in counts) <= MIXED_ROWS
-    return TILE_TOKENS if few else MIXED_ROWS
 
 
 def padded_pages(count: int) -> int:

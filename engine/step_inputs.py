@@ -16,7 +16,7 @@ from anybit.engine.sampling import NOT_DRAWN, NUM_SETTINGS, draw_settings
 from anybit.engine.sequence import Sequence
 from anybit.kernels.cuda.activations import num_token_tiles
 from anybit.kernels.cuda.fragments import TILE_TOKENS
-from anybit.kernels.widths import NO_WIDTH, TileWidths
+from anybit.kernels.widths import NO_WIDTH, RowWidths
 from anybit.kvcache.attention import PageTables
 from anybit.kvcache.formats import is_exact
 from anybit.kvcache.spec import PAGE_SIZE
@@ -40,9 +40,9 @@ class StepShape:
         return len(self.widths) > 1
 
     @property
-    def num_tiles(self) -> int:
-        """N-tiles of rows that have one width each, those that pad a pass included."""
-        return num_token_tiles(self.num_rows) if self.is_mixed else 0
+    def num_widths(self) -> int:
+        """Rows that are told their width, those included that pad a pass of a product."""
+        return TILE_TOKENS * num_token_tiles(self.num_rows) if self.is_mixed else 0
 
     @property
     def sealed_formats(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class StepInputs:
             "row_formats": (rows if sealed else 0,),
             "attention_positions": (len(shape.kv_formats) if sealed else 0, rows),
             "tables": (rows, shape.table_pages),
-            "tile_widths": (shape.num_tiles,),
+            "row_widths": (shape.num_widths,),
             "draws": (NUM_SETTINGS if shape.has_draws else 0, rows),
         }
         size = sum(map(prod, self._sections.values()))
@@ -94,10 +94,10 @@ class StepInputs:
         """Write each sequence's newest token, or with `ahead` 1 the place of the one after it, which the GPU alone knows."""
         source = next(self._hosts)
         parts = self._split(source)
-        places, tables, tile_widths, row_formats, positions = (
-            parts[name].numpy() for name in ("places", "tables", "tile_widths", "row_formats", "attention_positions")
+        places, tables, row_widths, row_formats, positions = (
+            parts[name].numpy() for name in ("places", "tables", "row_widths", "row_formats", "attention_positions")
         )
-        tile_widths[:] = NO_WIDTH
+        row_widths[:] = NO_WIDTH
         places[:] = 0
         places[2] = self._scratch_page
         tables[:] = self._scratch_page
@@ -117,7 +117,7 @@ class StepInputs:
                 positions[:, row] = -1
                 positions[formats.index(sequence.kv_format), row] = position
             if self._shape.is_mixed:
-                tile_widths[row // TILE_TOKENS] = width
+                row_widths[row] = width
         if self._shape.has_draws:
             settings = parts["draws"].view(torch.float64)
             settings[:] = torch.tensor(NOT_DRAWN, dtype=torch.float64)[:, None]
@@ -153,7 +153,7 @@ class StepInputs:
             scored=(),
             sealed=tuple(sealed),
             row_formats=self._parts["row_formats"] if sealed else None,
-            tile_widths=TileWidths(shape.widths, self._parts["tile_widths"]) if shape.is_mixed else None,
+            row_widths=RowWidths(shape.widths, self._parts["row_widths"]) if shape.is_mixed else None,
         )
 
     def _split(self, flat: Tensor) -> Mapping[str, Tensor]:

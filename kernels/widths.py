@@ -9,15 +9,15 @@ WidthSegment = tuple[int, int, int]
 
 
 NO_WIDTH = 0
-"""Of an n-tile whose rows nobody wants."""
+"""Of a row that nobody wants."""
 
 MIXED_ROWS = 16
-"""Up to so many rows, each n-tile of 4 has a width of its own; of more, every 16 rows have one."""
+"""Of up to so many rows as fixed point numbers, 4 side by side have one width; of more, 16."""
 
 
 @dataclass(frozen=True, slots=True)
-class TileWidths:
-    """Bit-widths of rows that are computed together: those that may occur, and that of each n-tile of 4 rows."""
+class RowWidths:
+    """Bit-widths of rows that are computed together: those that may occur, and each row's."""
 
     present: tuple[int, ...]
-    of_tiles: Tensor  # int64 [n-tiles], on the GPU; NO_WIDTH where there is nothing to compute
+    of_rows: Tensor  # int64 [rows, those included that pad the last n-tiles of a pass], on the GPU; or NO_WIDTH

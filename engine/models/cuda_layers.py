@@ -22,6 +22,7 @@ from anybit.kernels.cuda.activations import (
     prepare_activations,
     rms_norm,
 )
+from anybit.kernels.cuda.linear import mixed_alignment
 from anybit.kernels.cuda.rotary import MOST_FORMATS, HeadNorms
 from anybit.kernels.cuda.sealed_attention import can_attend_sealed
 from anybit.kvcache.pool import KVPool
@@ -33,8 +34,8 @@ _HEAD_DIM_MULTIPLE = 64
 
 
 def _parts(plan: BatchPlan) -> list[Rows]:
-    if plan.tile_widths is not None:
-        return [Rows(0, len(plan.token_ids), plan.tile_widths)]
+    if plan.row_widths is not None:
+        return [Rows(0, len(plan.token_ids), plan.row_widths)]
     return [Rows(start, stop, width) for width, start, stop in plan.segments]
 
 
@@ -54,8 +55,8 @@ class _Layer:
 class CudaLayers:
     """Runs all layers; the residual stream stays float32, what passes between kernels has the decoder's dtype.
 
-    Without `is_fast` a row's result depends on that row alone. With it, many rows of one width, such as prompts, are
-    multiplied in bfloat16 by the library, whose order of sums depends on their number.
+    Without `is_fast` a row's result depends on that row alone. With it, many rows are multiplied in bfloat16 (prompts by the
+    library), in an order of sums that depends on their number.
     """
 
     def __init__(self, config: DecoderConfig, layers: Sequence[_Layer], dtype: torch.dtype, is_fast: bool) -> None:
@@ -79,6 +80,10 @@ class CudaLayers:
         if addition is not None:
             add_residual(hidden, addition, self._config.rms_norm_eps)
         return hidden
+
+    def row_alignment(self, counts: Sequence[int]) -> int:
+        """At what multiples rows of a width begin in a step that has so many of each."""
+        return mixed_alignment(counts, self._layers[0].attention_norm.weight.device, self.is_fast)
 
     def can_read(self, pool: KVPool) -> bool:
         """Whether these layers know the pages' formats: as many as there may be."""
@@ -164,6 +169,7 @@ def cuda_layers(
     config: DecoderConfig, layers: Sequence["DecoderLayer"], dtype: torch.dtype, is_fast: bool
 ) -> CudaLayers | None:
     """None where a weight has no product here or heads have no kernel."""
+    is_fast = is_fast and dtype == torch.bfloat16
     described = [_describe(config, index, layer, dtype, is_fast) for index, layer in enumerate(layers)]
     if any(layer is None for layer in described):
         return None

@@ -17,7 +17,7 @@ from anybit.kernels.cuda.linear import (
     multiply_dequantized,
     multiply_mixed,
 )
-from anybit.kernels.widths import TileWidths
+from anybit.kernels.widths import RowWidths
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Rows:
 
     start: int
     stop: int
-    widths: int | TileWidths
+    widths: int | RowWidths
 
 
 class Product(Protocol):
@@ -46,7 +46,7 @@ class Product(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NestedProduct:
-    """With `is_fast`, rows of one width are multiplied as bfloat16: some by a kernel, many by the library."""
+    """With `is_fast`, bfloat16 rows are multiplied as such: some by a kernel, many of one width by the library."""
 
     weight: FragmentWeight
     bias: Tensor | None
@@ -58,17 +58,17 @@ class NestedProduct:
 
     def form(self, rows: Rows) -> InputForm | None:
         count = rows.stop - rows.start
-        if isinstance(rows.widths, TileWidths):
+        if isinstance(rows.widths, RowWidths):
             return mixed_form(count, self.weight, rows.widths, self.is_fast)
         return fast_form(count, self.weight) if self.is_fast else exact_form(count, self.weight)
 
     def __call__(self, inputs: Activations | Tensor, rows: Rows, y: Tensor) -> None:
         part = y[rows.start : rows.stop]
         if isinstance(inputs, Tensor):
-            if isinstance(rows.widths, TileWidths):
+            if isinstance(rows.widths, RowWidths):
                 raise ValueError("Rows of several widths have no common weight.")
             multiply_dequantized(inputs, self.weight, rows.widths, self.bias, part)
-        elif isinstance(rows.widths, TileWidths):
+        elif isinstance(rows.widths, RowWidths):
             multiply_mixed(inputs, self.weight, rows.widths, self.bias, part)
         else:
             multiply(inputs, self.weight, rows.widths, self.bias, part)
@@ -100,7 +100,7 @@ class DenseProduct:
 def product_of(linear: Linear, dtype: torch.dtype, is_fast: bool) -> Product | None:
     """None for a weight that is not in fragment order, or not of the decoder's type on a GPU."""
     if isinstance(linear, NestedLinear) and isinstance(linear.weight, FragmentWeight):
-        return NestedProduct(linear.weight, linear.bias, is_fast and dtype == torch.bfloat16)
+        return NestedProduct(linear.weight, linear.bias, is_fast)
     if isinstance(linear, DenseLinear) and linear.weight.is_cuda and linear.weight.dtype == dtype == torch.bfloat16:
         return DenseProduct(linear.weight, linear.bias)
     return None

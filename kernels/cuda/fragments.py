@@ -83,7 +83,7 @@ def pack(weight: NestedWeight) -> FragmentWeight:
 def _pack_stream(packed: Tensor, chunk: layout.Chunk) -> Tensor:
     fields = _fragments(layout.unpack_chunk(packed, chunk))  # [row tiles, column tiles, steps, lanes, registers, bytes]
     steps = 2 if chunk.bits == 1 else 1  # of a word
-    fields = fields.unflatten(2, (_STEPS // steps, steps))
+    fields = fields.view(*fields.shape[:2], _STEPS // steps, steps, _LANES, _REGISTERS, _BYTES)
     words = torch.zeros_like(fields[:, :, :, 0, :, 0])
     for step in range(steps):
         for register in range(_REGISTERS):

@@ -26,9 +26,9 @@ from anybit.kernels.cuda.operands import describe_mixed_weight, describe_weight,
 from anybit.kernels.cuda.tuning import FEW_ROWS, Tiling, choose_tiling
 from anybit.kernels.cuda.values import PARTS, VALUES
 from anybit.kernels.cuda.warpgroup_linear import multiply_batch, multiply_values
-from anybit.kernels.layout import NIBBLE_BITS
+from anybit.kernels.cuda.warpgroup_tuning import num_parts
 from anybit.kernels.nested import NestedWeight
-from anybit.kernels.widths import MIXED_ROWS, TileWidths, WidthSegment
+from anybit.kernels.widths import MIXED_ROWS, RowWidths, WidthSegment
 
 ACTIVATION_ERROR = 1 / 32638
 """Largest error of an activation as a share of its group's largest magnitude."""
@@ -39,8 +39,7 @@ FEW_TOKENS = 16
 _SMALL_WEIGHT = 1 << 24  # up to so many numbers, more tokens are few
 _MANY_TOKENS = 256  # from which warpgroups pay for any weight, and the library for any form
 _MAX_VALUES_TILES = 32
-_MIXED_PASS_TILES = (4, 8, 12)
-_FEW_FIELDS = 3
+_MIXED_PASS_TILES, _FEW_PARTS = (2, 4, 8, 12, 16), 3
 
 
 def can_pack(weight: NestedWeight) -> bool:
@@ -100,16 +99,24 @@ def fast_form(tokens: int, weight: FragmentWeight) -> InputForm | None:
     return InputForm(weight.group_size, values_tiles(tokens), is_values=True)
 
 
-def mixed_form(tokens: int, weight: FragmentWeight, widths: TileWidths, is_fast: bool) -> InputForm:
+def mixed_form(tokens: int, weight: FragmentWeight, widths: RowWidths, is_fast: bool) -> InputForm:
     """As `exact_form` or, with `is_fast`, `fast_form` for rows of several widths."""
-    if not is_fast or not has_warpgroups(weight.device):
+    if not (is_fast and has_warpgroups(weight.device)):
         return InputForm(weight.group_size)
-    fields = {*widths.present, min(max(widths.present), NIBBLE_BITS)}  # each has sums of its own in registers
-    most = _MIXED_PASS_TILES[-1 if len(fields) <= _FEW_FIELDS else -2]
+    # Each part has sums of its own in registers.
+    most = _MIXED_PASS_TILES[-1] // (1 if num_parts(widths.present) <= _FEW_PARTS else 2)
     token_tiles = -(-tokens // TILE_TOKENS)
     passes = -(-token_tiles // most)
     pass_tiles = next(tiles for tiles in _MIXED_PASS_TILES if tiles * passes >= token_tiles)
     return InputForm(weight.group_size, pass_tiles, is_values=True, has_sums=True)
+
+
+def mixed_alignment(counts: Sequence[int], device: torch.device, is_fast: bool) -> int:
+    """At what multiples rows of a width begin, of which there are so many of each (`RowWidths`)."""
+    if is_fast and has_warpgroups(device):
+        return 1
+    few = sum(count + -count % TILE_TOKENS for count in counts) <= MIXED_ROWS
+    return TILE_TOKENS if few else MIXED_ROWS
 
 
 def values_tiles(tokens: int) -> int:
@@ -135,7 +142,7 @@ def multiply_dequantized(x: Tensor, weight: FragmentWeight, bit_width: int, bias
 
 
 def multiply_mixed(
-    activations: Activations, weight: FragmentWeight, widths: TileWidths, bias: Tensor | None, y: Tensor
+    activations: Activations, weight: FragmentWeight, widths: RowWidths, bias: Tensor | None, y: Tensor
 ) -> None:
     """`multiply` with each row at its own width. Few rows, and values, read the weight once, at the widest of them.
 
@@ -147,7 +154,7 @@ def multiply_mixed(
         multiply_few(activations, weight, max(widths.present), bias, y, widths=widths)
     else:
         for width in widths.present:
-            multiply_few(activations, weight, width, bias, y, widths=TileWidths((width,), widths.of_tiles))
+            multiply_few(activations, weight, width, bias, y, widths=RowWidths((width,), widths.of_rows))
 
 
 def multiply_few(
@@ -157,7 +164,7 @@ def multiply_few(
     bias: Tensor | None,
     y: Tensor,
     tiling: Tiling | None = None,
-    widths: TileWidths | None = None,
+    widths: RowWidths | None = None,
 ) -> None:
     """Of fixed point numbers in passes of one n-tile; with `widths`, each n-tile at its own, `bit_width` the widest.
 
@@ -176,7 +183,7 @@ def multiply_few(
     kernel = load_kernel("linear_decode", "nested_linear_decode", defined(**constants), shared_bytes)
     arguments: list[Argument] = [
         served,
-        *pointers(None if widths is None else widths.of_tiles),
+        *pointers(None if widths is None else widths.of_rows),
         *activations.addresses,
         *pointers(bias, y),
         *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),

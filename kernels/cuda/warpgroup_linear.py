@@ -23,7 +23,7 @@ from anybit.kernels.cuda.warpgroup_tuning import (
     num_blocks,
     num_threads,
 )
-from anybit.kernels.widths import TileWidths
+from anybit.kernels.widths import RowWidths
 
 
 class _DivisionArgument(ctypes.Structure):
@@ -62,7 +62,7 @@ def multiply_values(
     bias: Tensor | None,
     y: Tensor,
     tiling: ValuesTiling | None = None,
-    widths: TileWidths | None = None,
+    widths: RowWidths | None = None,
 ) -> None:
     """Of values of y's type, float16 or bfloat16. y [tokens, out]; bias float32 [out].
 
@@ -77,7 +77,7 @@ def multiply_values(
     constants = values_constants(tiling, operands, weight.part_dtype, y.dtype)
     arguments: list[Argument] = [
         describe_weight(weight, bit_width) if widths is None else describe_mixed_weight(weight),
-        *pointers(None if widths is None else widths.of_tiles),
+        *pointers(None if widths is None else widths.of_rows),
         *activations.addresses,
         *pointers(bias, y, partial, _piece_counters(y.device)),
         *integers(activations.tokens, activations.slots, weight.out_features, weight.row_tiles, weight.column_tiles),

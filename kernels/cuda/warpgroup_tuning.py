@@ -16,7 +16,11 @@ _TILES_OF_WARPGROUP = 4
 _CLUSTERS = (1, 2, 4, 8)
 _BATCH_STAGES, _VALUES_STAGES = (5, 4, 3, 2), (4, 3, 2)
 _WARPGROUPS = 2  # of `source/linear_batch.cu`
-_VALUES_WARPGROUPS, _MIXED_WARPGROUPS = (4, 2, 3), (2,)  # of `source/linear_values.cu`; several widths need registers
+_VALUES_WARPGROUPS = (4, 2, 3)  # of `source/linear_values.cu`
+_MIXED_WARPGROUPS, _MANY_SUMS = (
+    (3, 2),
+    24,
+)  # the same for several widths; of many sums, only the last leaves registers for
 _SHARING_COST = 14  # what adding up sums of pieces takes, in tiles of columns of a warpgroup
 _LEAST_TILES = 2  # of columns, in a piece
 _BLOCK_COST, _CLUSTER_COST = 4, 6  # what a block does besides its columns, in tiles of them
@@ -46,9 +50,13 @@ class RingOperands:
     def pass_tokens(self) -> int:
         return self.pass_tiles * TILE_TOKENS
 
+    @property
+    def num_parts(self) -> int:
+        """Widths of which scales and zeros are read."""
+        return num_parts(self.widths)
+
     def stage_bytes(self, warpgroups: int) -> int:
-        read = {*self.widths, min(self.bit_width, NIBBLE_BITS)}
-        parts = len(read) * self.groups * TILE_ROWS * 2 * self.part_bytes
+        parts = self.num_parts * self.groups * TILE_ROWS * 2 * self.part_bytes
         weights = TILE_ROWS * TILE_COLUMNS * self.bit_width // 8 + parts
         sums = 4 * self.groups * self.pass_tokens if self.has_sums else 0
         return self.pass_tiles * 8 * TILE_COLUMNS + sums + warpgroups * _TILES_OF_WARPGROUP * weights
@@ -178,9 +186,20 @@ def default_values_tiling(
 
     candidates = [
         _most_stages([ValuesTiling(warpgroups, stages) for stages in _VALUES_STAGES], operands, limits)
-        for warpgroups in (_MIXED_WARPGROUPS if operands.has_sums else _VALUES_WARPGROUPS)
+        for warpgroups in _values_warpgroups(operands)
     ]
     return min((tiling for tiling in candidates if tiling is not None), key=cost)
+
+
+def num_parts(widths: tuple[int, ...]) -> int:
+    """How many widths' scales and zeros products at these need: above 4 bits, those of 4 too."""
+    return len({*widths, min(max(widths), NIBBLE_BITS)})
+
+
+def _values_warpgroups(operands: RingOperands) -> tuple[int, ...]:
+    if not operands.has_sums:
+        return _VALUES_WARPGROUPS
+    return _MIXED_WARPGROUPS if operands.num_parts * operands.pass_tiles <= _MANY_SUMS else _MIXED_WARPGROUPS[1:]
 
 
 def divide(blocks: int, column_tiles: int, limits: Limits) -> Division:

@@ -6,7 +6,7 @@ import torch
 from anybit.engine.bench.random_weight import random_weight
 from anybit.engine.bench.shapes import Shape
 from anybit.engine.chunk import Chunk
-from anybit.engine.decode_graphs import DecodeGraphs, StepResult, padded_pages, padded_rows, row_alignment
+from anybit.engine.decode_graphs import DecodeGraphs, StepResult, padded_pages, padded_rows
 from anybit.engine.runner import Runner, _launched
 from anybit.engine.sampling import UNDECIDED, FoundTokens
 from anybit.engine.sequence import Sequence
@@ -22,15 +22,10 @@ def test_rows_and_pages_are_padded_to_few_sizes():
     assert {padded_rows(count) for count in range(1, 257)} == {1, 2, 4, 8, *range(16, 257, 16)}
 
 
-def test_rows_of_a_width_begin_where_its_passes_do():
-    assert row_alignment([5, 1]) == row_alignment([4, 4, 8]) == 4
-    assert row_alignment([4, 4, 9]) == row_alignment([1, 1, 1, 1, 1]) == row_alignment([11, 11, 10]) == 16
-
-
 def test_only_steps_of_several_widths_tell_which_rows_have_which():
-    assert StepShape(16, (2, 8), 8).num_tiles == 4
-    assert StepShape(48, (2, 8), 8).num_tiles == 16  # 12 of rows, and those that fill passes of many rows
-    assert StepShape(16, (4,), 8).num_tiles == 0
+    assert StepShape(16, (2, 8), 8).num_widths == 16
+    assert StepShape(48, (2, 8), 8).num_widths == 64  # those of rows, and of such as fill passes of many rows
+    assert StepShape(16, (4,), 8).num_widths == 0
 
 
 def test_only_steps_of_one_token_a_sequence_are_covered():

@@ -209,13 +209,13 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
     bias = normal(rows, seed=5).cuda()
     for tiles in (2, 4, 8, 11, 20):
         x = normal(4 * tiles, columns, seed=tiles).cuda().to(dtype)
-        of_tiles = torch.randint(len(widths), (num_token_tiles(4 * tiles),))
-        of_tiles = torch.tensor(widths)[of_tiles].cuda()
+        of_tiles = torch.tensor(widths)[torch.randint(len(widths), (num_token_tiles(4 * tiles),))]
         if tiles > 4:
             of_tiles = of_tiles[::4].repeat_interleave(4)
+        of_rows = of_tiles.repeat_interleave(4).cuda()
         y = torch.empty(4 * tiles, rows, dtype=dtype, device="cuda")
         inputs = prepare_activations(x, InputForm(group_size))
-        cuda.multiply_mixed(inputs, weight, cuda.TileWidths(tuple(widths), of_tiles), bias, y)
+        cuda.multiply_mixed(inputs, weight, cuda.RowWidths(tuple(widths), of_rows), bias, y)
         for tile in range(tiles):
             part = slice(4 * tile, 4 * tile + 4)
             alone = cuda.linear(x[part], weight, [(int(of_tiles[tile]), 0, 4)], bias)
@@ -235,9 +235,9 @@ def test_values_of_several_widths_are_near_the_oracle_and_do_not_depend_on_one_a
     weight = random_nested(rows, columns, group_size)
     served, bias = fragments.pack(on_gpu(weight)), normal(rows, seed=5)
 
-    def products(x, of_tiles, present=widths):
+    def products(x, of_rows, present=widths):
         y = torch.empty(len(x), rows, dtype=x.dtype, device="cuda")
-        mixed = cuda.TileWidths(tuple(present), of_tiles.cuda())
+        mixed = cuda.RowWidths(tuple(present), of_rows.cuda())
         form = cuda.mixed_form(len(x), served, mixed, is_fast=True)
         assert form.is_values
         cuda.multiply_mixed(prepare_activations(x.cuda(), form), served, mixed, bias.cuda(), y)
@@ -245,21 +245,17 @@ def test_values_of_several_widths_are_near_the_oracle_and_do_not_depend_on_one_a
 
     for tokens in (3, 16, 31, 48, 80, 130):
         x = (normal(tokens, columns, seed=tokens) + 0.5).bfloat16()
-        tiles = -(-tokens // 4)
-        of_tiles = torch.tensor(widths)[torch.randint(len(widths), (tiles,))]
-        y = products(x, of_tiles)
-        of_tokens = of_tiles.repeat_interleave(4)[:tokens]
-        for width in set(of_tiles.tolist()):
-            assert_near_oracle(y[(of_tokens == width).cuda()], x[of_tokens == width], weight, width, bias)
+        of_rows = torch.tensor(widths)[torch.randint(len(widths), (tokens,))]
+        y = products(x, of_rows)
+        for width in set(of_rows.tolist()):
+            assert_near_oracle(y[(of_rows == width).cuda()], x[of_rows == width], weight, width, bias)
         if tokens < 32:  # one pass, whatever widths there may be
-            assert torch.equal(products(x, of_tiles, layout.BIT_WIDTHS), y)
-        # Others get other values, widths and an infinity; the first n-tile stays what it is.
-        others = normal(tokens, columns, seed=1).bfloat16()
-        others[:4] = x[:4]
-        others[4:5, 0] = torch.inf
-        other_widths = torch.tensor(widths)[torch.randint(len(widths), (tiles,))]
-        other_widths[0] = of_tiles[0]
-        assert torch.equal(products(others, other_widths)[:4], y[:4])
+            assert torch.equal(products(x, of_rows, layout.BIT_WIDTHS), y)
+        # Others get other values, widths and an infinity; the first row stays what it is.
+        others, other_widths = normal(tokens, columns, seed=1).bfloat16(), of_rows.roll(1)
+        others[0], other_widths[0] = x[0], of_rows[0]
+        others[1, 0] = torch.inf
+        assert torch.equal(products(others, other_widths)[0], y[0])
 
 
 @pytest.mark.parametrize("width", layout.BIT_WIDTHS)

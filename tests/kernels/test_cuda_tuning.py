@@ -1,10 +1,12 @@
 """Tilings of the GPU's products can be launched, whatever the shape; no GPU is needed."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anybit.kernels import layout
+from anybit.kernels.cuda import linear
 from anybit.kernels.cuda.tuning import Tiling, all_tuned, default_tiling, nearest_tuned, num_segments
 from anybit.kernels.cuda.warpgroup_tuning import (
     Limits,
@@ -110,7 +112,15 @@ def test_a_block_of_values_of_several_widths_fits(
     operands = RingOperands(tuple(layout.BIT_WIDTHS), group_size, part_bytes, pass_tiles, has_sums=True)
     tiling = default_values_tiling(out_features, in_features, passes, operands, HOPPER)
     assert tiling.shared_bytes(operands) <= HOPPER.shared_bytes
-    assert tiling.warpgroups == 2
+    assert tiling.warpgroups == 2  # three would have too few registers for five widths
+
+
+@pytest.mark.parametrize(("is_fast", "is_hopper"), [(False, False), (True, False), (False, True), (True, True)])
+def test_rows_of_a_width_begin_where_its_passes_do(monkeypatch, is_fast, is_hopper):
+    monkeypatch.setattr(linear, "has_warpgroups", lambda device: is_hopper)
+    counts = [(5, 1), (4, 4, 8), (4, 4, 9), (1,) * 5, (11, 11, 10)]
+    aligned = [linear.mixed_alignment(of_widths, torch.device("cuda"), is_fast) for of_widths in counts]
+    assert aligned == ([1] * 5 if is_fast and is_hopper else [4, 4, 16, 16, 16])
 
 
 def test_clusters_are_for_weights_with_too_few_rows_to_go_round():

@@ -30,13 +30,13 @@ constexpr int kSegmentsOfBlock = SEGMENTS / CLUSTER, kSegmentsOfWarp = kSegments
 static_assert(SEGMENTS % (COLUMN_WARPS * CLUSTER) == 0, "a warp takes whole segments");
 
 // A grid of (blocks of a cluster, passes of TOKEN_TILES n-tiles, groups of rows); the passes over the same rows run side by side
-// and find the weights in the cache. Digits and scales are as digits.cuh says. `tile_widths` is read where WIDTHS is defined,
-// and where OWN_PASSES is: then passes of other widths are left alone.
+// and find the weights in the cache. Digits and scales are as digits.cuh says. `row_widths` is read where WIDTHS is defined,
+// and where OWN_PASSES is: then passes of other widths are left alone. Rows of an n-tile, or of a pass, have one width.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-nested_linear_decode(ServedWeight weight, const long long* tile_widths, const uint2* digits, const float2* scales,
+nested_linear_decode(ServedWeight weight, const long long* row_widths, const uint2* digits, const float2* scales,
                      const float* bias, Value* y, int tokens, int slots, int rows, int row_tiles, int tiles_k) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % COLUMN_WARPS;
     const int row_tile = (blockIdx.z * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
@@ -53,7 +53,7 @@ nested_linear_decode(ServedWeight weight, const long long* tile_widths, const ui
 
     launch_dependents();
 #ifdef OWN_PASSES
-    if (tile_widths[blockIdx.y * TOKEN_TILES] != BITS) {
+    if (row_widths[first_token] != BITS) {
         wait_for_inputs();  // what follows relies on what came before this kernel as well
         return;
     }
@@ -73,7 +73,7 @@ nested_linear_decode(ServedWeight weight, const long long* tile_widths, const ui
         Widths widths;
 #ifdef WIDTHS
 #pragma unroll
-        for (int q = 0; q < TOKEN_TILES; ++q) widths.of[q] = (int)tile_widths[blockIdx.y * TOKEN_TILES + q];
+        for (int q = 0; q < TOKEN_TILES; ++q) widths.of[q] = (int)row_widths[first_token + q * kTokens];
 #endif
         wait_for_inputs();
         digits += (size_t)blockIdx.y * TOKEN_TILES * tiles_k * 128;

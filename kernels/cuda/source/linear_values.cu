@@ -1,4 +1,4 @@
-// y = x W^T (+ bias) for many tokens on Hopper: values times a weight at one width, or at one for each n-tile.
+// y = x W^T (+ bias) for many tokens on Hopper: values times a weight at one width, or at one for each row.
 //
 // A warpgroup owns 64 rows, of which each warp turns its 16 into the A registers of wgmma.m64nNk16. Values of the tokens are the
 // B operand, in shared memory in the order of `values.cuh`; one warpgroup more keeps the ring filled. While a step of 32 columns is
@@ -11,9 +11,9 @@
 
 using namespace nested;
 
-// `value_sums` [groups][slots] and `tile_widths` are read where WIDTHS is defined.
+// `value_sums` [groups][slots] and `row_widths` are read where WIDTHS is defined.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-nested_linear_values(RingWeight weight, const long long* tile_widths, const u8* values, const float* value_sums, const float* bias,
+nested_linear_values(RingWeight weight, const long long* row_widths, const u8* values, const float* value_sums, const float* bias,
                      Value* y, float4* partial, u32* counters, int tokens, int slots, int rows, int row_tiles, int tiles_k,
                      Division division) {
     extern __shared__ __align__(1024) u8 ring[];  // then barriers
@@ -45,7 +45,7 @@ nested_linear_values(RingWeight weight, const long long* tile_widths, const u8* 
 
     take_registers<kManyRegisters>();
     const Output output = {bias, y, tokens, rows, passes};
-    Products products(ring, barriers, all_tiles, tile_widths, (tokens + kTokens - 1) / kTokens);
+    Products products(ring, barriers, all_tiles, row_widths, tokens);
     const auto quad_of_sums = [&](int q) {
         const float* own = products.sums + 4 * q;
         return make_float4(own[0], own[1], own[2], own[3]);

@@ -36,28 +36,30 @@ struct Coefficients {
     }
 };
 
+// Of a number kAbove + code, what a narrower width has of it.
+__device__ constexpr u32 number_mask(int bits) { return 0xFFF0FFF0u | (prefix_mask(bits) & 0x000F000Fu); }
+
 __device__ inline void unpack(const Codes& codes, int step, Fragments& fragments) {
 #pragma unroll
-    for (int columns = 0; columns < 2; ++columns) {
-        const u32 high = high_nibbles(codes, step, columns), low = kHasLow ? low_nibbles(codes, step, columns) : 0;
+    for (int columns = 0; columns < 2; ++columns)
 #pragma unroll
-        for (int at = 0; at < kPlaces; ++at) {
-            if (!multiplies(at)) continue;
+        for (int is_low = 0; is_low < (kHasLow ? 2 : 1); ++is_low) {
             u32 bytes[2];
-            if (at <= kNibble)
-                brought_down(high, width_at(at), bytes);
-            else
-                brought_down(low, width_at(at) - 4, bytes);
+            brought_down(is_low ? low_nibbles(codes, step, columns) : high_nibbles(codes, step, columns), is_low ? kLowBits : kHighBits, bytes);
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int i = 0; i < 4; ++i) {
+                const int half = i / 2, s = i % 2;
+                const u32 widest = above(bytes[half], s);
 #pragma unroll
-                for (int s = 0; s < 2; ++s) {
+                for (int at = is_low ? kNibble + 1 : 0; at < (is_low ? kPlaces : kNibble + 1); ++at) {
+                    if (!multiplies(at)) continue;
+                    const int bits = width_at(at) - (is_low ? 4 : 0);
                     u32& to = fragments[products_before(at)][s][2 * columns + half];
-                    to = above(bytes[half], s);
+                    to = bits == (is_low ? kLowBits : kHighBits) ? widest : widest & number_mask(bits);
                     asm volatile("" : "+r"(to));  // here and not on the way into a product
                 }
+            }
         }
-    }
 }
 
 // A warp's products with all tokens of a pass, tile after tile of the ring.
@@ -65,15 +67,15 @@ struct Products {
     const u8* ring;
     Barriers barriers;
     int left;  // tiles, of all that this block multiplies
-    const long long* tile_widths;
-    int num_widths;
+    const long long* row_widths;
+    int tokens;
     Place place;
     Codes codes;
     Fragments fragments, later_fragments;
     float products[kProducts][kValueSums], sums[kValueSums];
 
-    __device__ Products(const u8* ring, const Barriers& barriers, int count, const long long* tile_widths, int num_widths)
-        : ring(ring), barriers(barriers), left(count), tile_widths(tile_widths), num_widths(num_widths) {
+    __device__ Products(const u8* ring, const Barriers& barriers, int count, const long long* row_widths, int tokens)
+        : ring(ring), barriers(barriers), left(count), row_widths(row_widths), tokens(tokens) {
         wait(barriers.filled, 0);
         unpack_step(place, 0, fragments);
     }
@@ -95,33 +97,35 @@ struct Products {
         }
         commit_products();
     }
-    __device__ void add_group(int group, const Coefficients (&coefficients)[2], const int (&widths)[kQuads]) {
+    __device__ void add_group(int group, const Coefficients (&coefficients)[2], const int (&widths)[kQuads][2]) {
         const float2* totals =
             reinterpret_cast<const float2*>(ring + kInputSums + (place.stage * kGroups + group) * kSumBytes) + threadIdx.x % 4;
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
             const float2 total = totals[4 * q];
 #pragma unroll
-            for (int at = 0; at < kPlaces; ++at) {
-                if (!present(width_at(at)) || widths[q] != width_at(at)) continue;
+            for (int token = 0; token < 2; ++token)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float3 own = coefficients[i / 2].of[at];
-                    float& sum = sums[4 * q + i];
-                    sum = __fmaf_rn(own.x, products[at <= kNibble ? products_before(at) : kOfNibble][4 * q + i], sum);
-                    if (at > kNibble) sum = __fmaf_rn(own.y, products[products_before(at)][4 * q + i], sum);
-                    sum = __fmaf_rn(own.z, i % 2 == 0 ? total.x : total.y, sum);
+                for (int at = 0; at < kPlaces; ++at) {
+                    if (!present(width_at(at)) || widths[q][token] != width_at(at)) continue;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int i = 4 * q + 2 * half + token;
+                        const float3 own = coefficients[half].of[at];
+                        sums[i] = __fmaf_rn(own.x, products[at <= kNibble ? products_before(at) : kOfNibble][i], sums[i]);
+                        if (at > kNibble) sums[i] = __fmaf_rn(own.y, products[products_before(at)][i], sums[i]);
+                        sums[i] = __fmaf_rn(own.z, token == 0 ? total.x : total.y, sums[i]);
+                    }
                 }
-            }
         }
     }
     // The next `count` tiles, all of one block and of `pass`.
     __device__ void multiply_tiles(int count, int pass) {
-        int widths[kQuads];  // of a lane's two tokens of 8
+        int widths[kQuads][2];  // of a lane's tokens
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-            const int tile = pass * PASS_TILES + 2 * q + threadIdx.x % 4 / 2;
-            widths[q] = tile < num_widths ? (int)tile_widths[tile] : 0;
+        for (int i = 0; i < 2 * kQuads; ++i) {
+            const int token = pass * kPassTokens + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+            widths[i / 2][i % 2] = token < tokens ? (int)row_widths[token] : 0;
         }
 #pragma unroll
         for (int i = 0; i < kValueSums; ++i) sums[i] = 0.f;
