@@ -251,6 +251,9 @@ def test_values_of_several_widths_are_near_the_oracle_and_do_not_depend_on_one_a
             assert_near_oracle(y[(of_rows == width).cuda()], x[of_rows == width], weight, width, bias)
         if tokens < 32:  # one pass, whatever widths there may be
             assert torch.equal(products(x, of_rows, layout.BIT_WIDTHS), y)
+        # In the order of widths, some of the products are left out.
+        in_order = of_rows.argsort(stable=True)
+        assert torch.equal(products(x[in_order], of_rows[in_order]), y[in_order.cuda()])
         # Others get other values, widths and an infinity; the first row stays what it is.
         others, other_widths = normal(tokens, columns, seed=1).bfloat16(), of_rows.roll(1)
         others[0], other_widths[0] = x[0], of_rows[0]

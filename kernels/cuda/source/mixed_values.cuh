@@ -13,12 +13,32 @@ __device__ constexpr bool multiplies(int place) { return reads_part(place); }
 __device__ constexpr int products_before(int place) { return count_before(place, multiplies); }
 constexpr int kProducts = products_before(kPlaces), kOfNibble = products_before(kNibble);
 
+// Rows come in the order of their widths, so that mostly half of a pass is all that a product is needed for, other than that of the
+// most upper bits: which half.
+constexpr int kMostUpper = kReadsNibble ? kNibble : BITS - 2;
+constexpr bool kHasFew = present(2) || present(3) || present(4);
+__device__ constexpr bool in_first_half(int place) { return place < kNibble || (width_at(place) == 6 && !kHasFew); }
+__device__ constexpr bool covers_quad(int place, int quad) {
+    return place == kMostUpper || in_first_half(place) == (quad < kQuads / 2);
+}
+
+// Whether a half is all that is needed, in every pass. All lanes.
+__device__ inline bool half_is_enough(const long long* row_widths, int tokens) {
+    bool enough = true;
+    for (int token = threadIdx.x % 32; token < tokens; token += 32)
+#pragma unroll
+        for (int at = 0; at < kPlaces; ++at)
+            if (present(width_at(at)) && row_widths[token] == width_at(at)) enough = enough && covers_quad(at, token % kPassTokens / 8);
+    return __all_sync(~0u, enough);
+}
+
 // Sums of a token's values over each group, behind the ring's inputs.
 constexpr int kSumBytes = kPassTokens * 4;
 constexpr int kInputSums = STAGES * kInputBytes, kWeights = kInputSums + STAGES * kGroups * kSumBytes;
 constexpr int kBarriers = kWeights + STAGES * kWarps * kTileBytes;
 
 using Fragments = u32[kProducts][2][4];  // of 32 columns, 16 at a time
+using ProductSums = float[kProducts][kValueSums];
 
 // What a row in one group multiplies with, at each width: sums of the high nibble, of the low one, and of a token's values.
 struct Coefficients {
@@ -62,7 +82,8 @@ __device__ inline void unpack(const Codes& codes, int step, Fragments& fragments
         }
 }
 
-// A warp's products with all tokens of a pass, tile after tile of the ring.
+// A warp's products with all tokens of a pass, tile after tile of the ring; or with the halves that they are needed for.
+template <bool kInHalves>
 struct Products {
     const u8* ring;
     Barriers barriers;
@@ -72,7 +93,7 @@ struct Products {
     Place place;
     Codes codes;
     Fragments fragments, later_fragments;
-    float products[kProducts][kValueSums], sums[kValueSums];
+    float sums[kValueSums];
 
     __device__ Products(const u8* ring, const Barriers& barriers, int count, const long long* row_widths, int tokens)
         : ring(ring), barriers(barriers), left(count), row_widths(row_widths), tokens(tokens) {
@@ -88,16 +109,36 @@ struct Products {
         unpack(codes, step, to);
     }
     template <bool kFirst>
-    __device__ void multiply_step(unsigned long long described, int step, const Fragments& from) {
+    __device__ void multiply_step(unsigned long long described, int step, const Fragments& from, ProductSums& products) {
         begin_products();
-#pragma unroll
-        for (int p = 0; p < kProducts; ++p) {
-            multiply_values<kFirst>(products[p], from[p][0], described + described_step(2 * step));
-            multiply_values<false>(products[p], from[p][1], described + described_step(2 * step + 1));
-        }
+        multiply_each<kFirst>(described + described_step(2 * step), described + described_step(2 * step + 1), from, products);
         commit_products();
     }
-    __device__ void add_group(int group, const Coefficients (&coefficients)[2], const int (&widths)[kQuads][2]) {
+    template <bool kFirst, int kPlace = 0>
+    __device__ void multiply_each(unsigned long long first, unsigned long long second, const Fragments& from, ProductSums& products) {
+        if constexpr (kPlace < kPlaces) {
+            if constexpr (multiplies(kPlace)) {
+                constexpr bool kHalf = kInHalves && kPlace != kMostUpper;
+                constexpr int kTiles = kHalf ? PASS_TILES / 2 : PASS_TILES, kSkipped = kHalf && !in_first_half(kPlace) ? PASS_TILES / 2 : 0;
+                constexpr int kProduct = products_before(kPlace), kLater = kSkipped * kTokens * 128 / 16;
+                multiply_values<kFirst, kTiles>(products[kProduct] + 2 * kSkipped, from[kProduct][0], first + kLater);
+                multiply_values<false, kTiles>(products[kProduct] + 2 * kSkipped, from[kProduct][1], second + kLater);
+            }
+            multiply_each<kFirst, kPlace + 1>(first, second, from, products);
+        }
+    }
+    template <int kPlace = 0>
+    __device__ void wait_for_each(ProductSums& products) {
+        if constexpr (kPlace < kPlaces) {
+            if constexpr (multiplies(kPlace)) {
+                constexpr bool kHalf = kInHalves && kPlace != kMostUpper;
+                wait_for_values<kHalf ? PASS_TILES / 2 : PASS_TILES>(products[products_before(kPlace)] +
+                                                                     (kHalf && !in_first_half(kPlace) ? PASS_TILES : 0));
+            }
+            wait_for_each<kPlace + 1>(products);
+        }
+    }
+    __device__ void add_group(int group, const Coefficients (&coefficients)[2], const int (&widths)[kQuads][2], const ProductSums& products) {
         const float2* totals =
             reinterpret_cast<const float2*>(ring + kInputSums + (place.stage * kGroups + group) * kSumBytes) + threadIdx.x % 4;
 #pragma unroll
@@ -107,7 +148,7 @@ struct Products {
             for (int token = 0; token < 2; ++token)
 #pragma unroll
                 for (int at = 0; at < kPlaces; ++at) {
-                    if (!present(width_at(at)) || widths[q][token] != width_at(at)) continue;
+                    if (!present(width_at(at)) || (kInHalves && !covers_quad(at, q)) || widths[q][token] != width_at(at)) continue;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const int i = 4 * q + 2 * half + token;
@@ -125,10 +166,12 @@ struct Products {
 #pragma unroll
         for (int i = 0; i < 2 * kQuads; ++i) {
             const int token = pass * kPassTokens + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-            widths[i / 2][i % 2] = token < tokens ? (int)row_widths[token] : 0;
+            int& width = widths[i / 2][i % 2];
+            width = token < tokens ? (int)row_widths[token] : 0;
         }
 #pragma unroll
         for (int i = 0; i < kValueSums; ++i) sums[i] = 0.f;
+        ProductSums products;
         for (int tile = 0; tile < count; ++tile) {
             const unsigned long long described = describe_values(shared_address(ring) + place.stage * kInputBytes);
             --left;
@@ -136,9 +179,9 @@ struct Products {
             for (int step = 0; step < kSteps; ++step) {
                 Fragments& now = step % 2 == 0 ? fragments : later_fragments;
                 if (step % kStepsOfGroup == 0)
-                    multiply_step<true>(described, step, now);
+                    multiply_step<true>(described, step, now, products);
                 else
-                    multiply_step<false>(described, step, now);
+                    multiply_step<false>(described, step, now, products);
                 wait_for_former_values();  // and so the other fragments are free
                 const bool is_last = step + 1 == kSteps;
                 const Place at = is_last ? place.next() : place;
@@ -147,9 +190,8 @@ struct Products {
                 if ((step + 1) % kStepsOfGroup) continue;
                 const int group = step / kStepsOfGroup;
                 const Coefficients coefficients[] = {{weights_at(place), group, 0}, {weights_at(place), group, 1}};
-#pragma unroll
-                for (int p = 0; p < kProducts; ++p) wait_for_values(products[p]);
-                add_group(group, coefficients, widths);
+                wait_for_each(products);
+                add_group(group, coefficients, widths, products);
             }
             __syncwarp();
             if (threadIdx.x % 32 == 0) arrive(barriers.emptied + 8 * place.stage);

@@ -55,72 +55,81 @@ __device__ constexpr int described_step(int step) { return (step / 4 * (PASS_TIL
 // Until no more than the latest commit is under way.
 __device__ inline void wait_for_former_values() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 // Until none is; while one is, nothing else may touch its sums.
-__device__ inline void wait_for_values(float (&sums)[kValueSums]) {
+template <int kTiles = PASS_TILES>
+__device__ inline void wait_for_values(float* sums) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < kValueSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+    for (int i = 0; i < 2 * kTiles; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 #define VALUES4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define VALUES16(i) VALUES4(i), VALUES4(i + 4), VALUES4(i + 8), VALUES4(i + 12)
 
-// sums [+]= 64 rows of weights (a warp's 16 as an A fragment) times the values that a descriptor tells of, over 16 columns.
-template <bool kFirst>
-__device__ inline void multiply_values(float (&sums)[kValueSums], const u32 (&weights)[4], unsigned long long values) {
-#if PASS_TILES == 2
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %9, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32." VALUE_NAME "." VALUE_NAME " "
-        "{%0,%1,%2,%3},"
-        "{%4,%5,%6,%7},%8,adds,1,1,0;\n}"
-        : VALUES4(0)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
-#elif PASS_TILES == 4
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %13, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." VALUE_NAME "." VALUE_NAME " "
-        "{%0,%1,%2,%3,%4,%5,%6,%7},"
-        "{%8,%9,%10,%11},%12,adds,1,1,0;\n}"
-        : VALUES4(0), VALUES4(4)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
-#elif PASS_TILES == 8
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." VALUE_NAME "." VALUE_NAME " "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-        "{%16,%17,%18,%19},%20,adds,1,1,0;\n}"
-        : VALUES16(0)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
-#elif PASS_TILES == 12
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %29, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32." VALUE_NAME "." VALUE_NAME " "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23},"
-        "{%24,%25,%26,%27},%28,adds,1,1,0;\n}"
-        : VALUES16(0), VALUES4(16), VALUES4(20)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
-#elif PASS_TILES == 16
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." VALUE_NAME "." VALUE_NAME " "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-        "%24,%25,%26,%27,%28,%29,%30,%31},"
-        "{%32,%33,%34,%35},%36,adds,1,1,0;\n}"
-        : VALUES16(0), VALUES16(16)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
-#elif PASS_TILES == 32
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." VALUE_NAME "." VALUE_NAME " "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-        "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-        "{%64,%65,%66,%67},%68,adds,1,1,0;\n}"
-        : VALUES16(0), VALUES16(16), VALUES16(32), VALUES16(48)
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
-#else
-    static_assert(PASS_TILES == 2, "passes have 8, 16, 32, 48, 64 or 128 tokens");
-#endif
+// sums [+]= 64 rows of weights (a warp's 16 as an A fragment) times the values that a descriptor tells of, over 16 columns; of so
+// many n-tiles, 2 kTiles sums.
+template <bool kFirst, int kTiles = PASS_TILES>
+__device__ inline void multiply_values(float* sums, const u32 (&weights)[4], unsigned long long values) {
+    if constexpr (kTiles == 2)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %9, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3},"
+            "{%4,%5,%6,%7},%8,adds,1,1,0;\n}"
+            : VALUES4(0)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else if constexpr (kTiles == 4)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %13, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n16k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3,%4,%5,%6,%7},"
+            "{%8,%9,%10,%11},%12,adds,1,1,0;\n}"
+            : VALUES4(0), VALUES4(4)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else if constexpr (kTiles == 6)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %17, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n24k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11},"
+            "{%12,%13,%14,%15},%16,adds,1,1,0;\n}"
+            : VALUES4(0), VALUES4(4), VALUES4(8)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else if constexpr (kTiles == 8)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
+            "{%16,%17,%18,%19},%20,adds,1,1,0;\n}"
+            : VALUES16(0)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else if constexpr (kTiles == 12)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %29, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n48k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23},"
+            "{%24,%25,%26,%27},%28,adds,1,1,0;\n}"
+            : VALUES16(0), VALUES4(16), VALUES4(20)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else if constexpr (kTiles == 16)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+            "%24,%25,%26,%27,%28,%29,%30,%31},"
+            "{%32,%33,%34,%35},%36,adds,1,1,0;\n}"
+            : VALUES16(0), VALUES16(16)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else if constexpr (kTiles == 32)
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32." VALUE_NAME "." VALUE_NAME " "
+            "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+            "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+            "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
+            "{%64,%65,%66,%67},%68,adds,1,1,0;\n}"
+            : VALUES16(0), VALUES16(16), VALUES16(32), VALUES16(48)
+            : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values), "n"(kFirst ? 0 : 1));
+    else
+        static_assert(kTiles == 2, "so many tokens are not multiplied at once");
 }
 
 }  // namespace nested
