@@ -42,6 +42,40 @@ struct DividedTile {
     }
 };
 
+// A multiplying warp's way through the tiles of a ring, whose weights begin at kRingWeights, step of 32 columns by step.
+template <int kRingWeights>
+struct RingWalk {
+    const u8* ring;
+    Barriers barriers;
+    int left;  // tiles, of all that this block multiplies
+    Place place;
+    Codes codes;
+
+    __device__ RingWalk(const u8* ring, const Barriers& barriers, int count) : ring(ring), barriers(barriers), left(count) {
+        wait(barriers.filled, 0);
+    }
+    __device__ const u8* weights_at(Place at) const {
+        return ring + kRingWeights + (at.stage * kWarps + threadIdx.x / 32) * kTileBytes;
+    }
+    __device__ void read_step(Place at, int step) {
+        if (step > 0) return;
+        read_codes(weights_at(at), false, codes);
+        if (kHasLow) read_codes(weights_at(at), true, codes);
+    }
+    // Where the step after one lies. What follows the last tile is unpacked for nothing and not awaited.
+    __device__ Place after(int step) const {
+        if (step + 1 < kSteps) return place;
+        const Place next = place.next();
+        if (left > 0) wait(barriers.filled + 8 * next.stage, next.turn);
+        return next;
+    }
+    __device__ void leave_tile() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(barriers.emptied + 8 * place.stage);
+        place.advance();
+    }
+};
+
 struct Output {
     const float* bias;
     Value* y;

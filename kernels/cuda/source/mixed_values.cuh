@@ -84,28 +84,18 @@ __device__ inline void unpack(const Codes& codes, int step, Fragments& fragments
 
 // A warp's products with all tokens of a pass, tile after tile of the ring; or with the halves that they are needed for.
 template <bool kInHalves>
-struct Products {
-    const u8* ring;
-    Barriers barriers;
-    int left;  // tiles, of all that this block multiplies
+struct Products : RingWalk<kWeights> {
     const long long* row_widths;
     int tokens;
-    Place place;
-    Codes codes;
     Fragments fragments, later_fragments;
     float sums[kValueSums];
 
     __device__ Products(const u8* ring, const Barriers& barriers, int count, const long long* row_widths, int tokens)
-        : ring(ring), barriers(barriers), left(count), row_widths(row_widths), tokens(tokens) {
-        wait(barriers.filled, 0);
+        : RingWalk(ring, barriers, count), row_widths(row_widths), tokens(tokens) {
         unpack_step(place, 0, fragments);
     }
-    __device__ const u8* weights_at(Place at) const { return ring + kWeights + (at.stage * kWarps + threadIdx.x / 32) * kTileBytes; }
     __device__ void unpack_step(Place at, int step, Fragments& to) {
-        if (step == 0) {
-            read_codes(weights_at(at), false, codes);
-            if (kHasLow) read_codes(weights_at(at), true, codes);
-        }
+        read_step(at, step);
         unpack(codes, step, to);
     }
     template <bool kFirst>
@@ -183,19 +173,14 @@ struct Products {
                 else
                     multiply_step<false>(described, step, now, products);
                 wait_for_former_values();  // and so the other fragments are free
-                const bool is_last = step + 1 == kSteps;
-                const Place at = is_last ? place.next() : place;
-                if (is_last && left > 0) wait(barriers.filled + 8 * at.stage, at.turn);  // else unpacked for nothing
-                unpack_step(at, is_last ? 0 : step + 1, step % 2 == 0 ? later_fragments : fragments);
+                unpack_step(after(step), (step + 1) % kSteps, step % 2 == 0 ? later_fragments : fragments);
                 if ((step + 1) % kStepsOfGroup) continue;
                 const int group = step / kStepsOfGroup;
                 const Coefficients coefficients[] = {{weights_at(place), group, 0}, {weights_at(place), group, 1}};
                 wait_for_each(products);
                 add_group(group, coefficients, widths, products);
             }
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(barriers.emptied + 8 * place.stage);
-            place.advance();
+            leave_tile();
         }
     }
 };

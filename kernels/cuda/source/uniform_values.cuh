@@ -56,28 +56,18 @@ __device__ inline void unpack(const Codes& codes, const Levels& levels, int step
 }
 
 // A warp's products with all tokens of a pass, tile after tile of the ring.
-struct Products {
-    const u8* ring;
-    Barriers barriers;
-    int left;  // tiles, of all that this block multiplies
-    Place place;
-    Codes codes;
+struct Products : RingWalk<kWeights> {
     Levels levels;
     Fragments fragments, later_fragments;
     float sums[kValueSums];
 
     __device__ Products(const u8* ring, const Barriers& barriers, int count, const long long*, int)
-        : ring(ring), barriers(barriers), left(count) {
-        wait(barriers.filled, 0);
+        : RingWalk(ring, barriers, count) {
         unpack_step(place, 0, fragments);
     }
     __device__ void unpack_step(Place at, int step, Fragments& to) {
-        const u8* tile = ring + kWeights + (at.stage * kWarps + threadIdx.x / 32) * kTileBytes;
-        if (step == 0) {
-            read_codes(tile, false, codes);
-            if (kHasLow) read_codes(tile, true, codes);
-        }
-        if (step % kStepsOfGroup == 0) levels.read(tile, step / kStepsOfGroup);
+        read_step(at, step);
+        if (step % kStepsOfGroup == 0) levels.read(weights_at(at), step / kStepsOfGroup);
         unpack(codes, levels, step, to);
     }
     __device__ void multiply_step(unsigned long long described, int step, const Fragments& from) {
@@ -97,15 +87,10 @@ struct Products {
             for (int step = 0; step < kSteps; ++step) {
                 multiply_step(described, step, step % 2 == 0 ? fragments : later_fragments);
                 wait_for_former_values();  // and so the other fragments are free
-                const bool is_last = step + 1 == kSteps;
-                const Place at = is_last ? place.next() : place;
-                if (is_last && left > 0) wait(barriers.filled + 8 * at.stage, at.turn);  // else unpacked for nothing
-                unpack_step(at, is_last ? 0 : step + 1, step % 2 == 0 ? later_fragments : fragments);
+                unpack_step(after(step), (step + 1) % kSteps, step % 2 == 0 ? later_fragments : fragments);
             }
             wait_for_values(sums);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(barriers.emptied + 8 * place.stage);
-            place.advance();
+            leave_tile();
         }
     }
 };
