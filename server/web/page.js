@@ -39,6 +39,7 @@ function showError(error, from, asked = key) {
   refusedKey = asked;
   const hidden = byId("key-field").hidden;
   byId("key-field").hidden = false;
+  byId("links-without-key").hidden = true; // a link sends no key
   if (hidden) byId("key").focus();
   byId("key").setAttribute("aria-invalid", "true");
   say(sentence, from, byId("key-error"));

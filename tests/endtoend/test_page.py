@@ -266,3 +266,5 @@ def test_key_is_asked_for_and_a_wrong_one_is_named(browser: Chrome, tiny_checkpo
         ask_by_keyboard(browser, 8)
         wait_for_end(browser)
         assert "2 of 2" in find(browser, "#status").text
+        (link,) = [link for link in find_all(browser, "footer a") if link.is_displayed()]
+        assert link.text == "health"  # the others would be refused
