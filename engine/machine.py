@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from anybit.engine.config import ConfigError
+from anybit.engine.control_groups import ControlGroups
 from anybit.kernels.cpu.bindings import get_threads, selected_instruction_set, set_threads
 
 _KEPT_BYTES = 256 << 20
@@ -18,13 +19,17 @@ _KERNEL_FLAGS = (
 
 
 def physical_cores() -> int:
-    """Physical cores this process may run on; logical ones where the topology is unknown."""
+    """Physical cores' worth of time that this process may use; logical ones where the topology is unknown.
+
+    More threads than a container may run at once would wait for one another while the system holds some of them back.
+    """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = set()
     for cpu in cpus:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
-    return max(1, len(siblings))
+    quota = ControlGroups().cpus()
+    return max(1, len(siblings) if quota is None else min(len(siblings), int(quota)))
 
 
 def cpu_flags() -> list[str]:
@@ -85,9 +90,16 @@ def describe_device(device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
+    """Memory that can still be taken on the device, by a container within its limits."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
+    left = ControlGroups().memory_left()
+    available = _available_memory()
+    return available if left is None else min(left, available)
+
+
+def _available_memory() -> int:
+    """Of the whole machine."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
