@@ -6,14 +6,16 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from anybit.engine.client import EngineClient
 from anybit.engine.errors import AnyBitError
 from anybit.server.auth import BearerAuthMiddleware
 from anybit.server.config import ServerConfig
 from anybit.server.errors import APIError, handle_api_error, handle_http_exception
-from anybit.server.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from anybit.server.middleware import REQUEST_ID_HEADER, BodyLimitMiddleware, RequestContextMiddleware
 from anybit.server.openapi import DescribedApp
+from anybit.server.precision_request import BIT_WIDTH_HEADER, KV_FORMAT_HEADER
 from anybit.server.routes import chat, completions, models, ops, page, tokens
 from anybit.server.service import Service
 from anybit.server.upgrade import Upgrade
@@ -66,7 +68,7 @@ def build_app(
     app.add_exception_handler(AnyBitError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
 
-    # The last one added is the outermost: context, then key, then body.
+    # The last one added is the outermost: context, then origin (browsers ask about it without a key), then key, then body.
     count_rejection = service.metrics.count_rejection
     app.add_middleware(
         BodyLimitMiddleware,
@@ -80,6 +82,14 @@ def build_app(
             keys=config.api_keys,
             open_paths=ops.OPEN_PATHS | page.OPEN_PATHS,
             count_rejection=count_rejection,
+        )
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, BIT_WIDTH_HEADER, KV_FORMAT_HEADER, "Retry-After"],
         )
     app.add_middleware(RequestContextMiddleware)
     return app

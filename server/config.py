@@ -8,6 +8,7 @@ from pathlib import Path
 from anybit.engine.errors import AnyBitError
 
 ALIAS_SUFFIX = re.compile(r"@([^@]*)bit$")
+_ORIGIN = re.compile(r"https?://[^/\s?#@]+")
 
 
 class ConfigError(AnyBitError):
@@ -32,6 +33,7 @@ class ServerConfig:
     stall_seconds: float = 60.0  # an engine silent for longer counts as stalled
     shadow_rate: float = 0.0  # share of answers that are scored again at the highest width
     otlp_endpoint: str = ""  # base address of an OpenTelemetry collector; empty: no traces
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may ask, as browsers name them; "*" is any
 
     def __post_init__(self) -> None:
         _check_model_name(self.model_name)
@@ -48,6 +50,9 @@ class ServerConfig:
         _check_range("drain_timeout_seconds", self.drain_timeout_seconds, 0, 1e7)
         _check_range("stall_seconds", self.stall_seconds, 0.001, 1e7)
         _check_range("shadow_rate", self.shadow_rate, 0, 1)
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"{origin!r} is no origin of web pages, such as https://chat.example.com, nor *.")
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ConfigError("The address of an OpenTelemetry collector must begin with http:// or https://.")
 

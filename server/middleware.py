@@ -15,6 +15,7 @@ from anybit.server.errors import BodyTooLargeError, InvalidRequestError, Rejecti
 
 logger = logging.getLogger("anybit.server")
 
+REQUEST_ID_HEADER = "X-Request-Id"
 _SCOPE_KEY = "anybit.request"
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _DISCARD_SECONDS = 10.0
@@ -52,7 +53,7 @@ class RequestContextMiddleware:
             await self.app(scope, receive, send)
             return
         info = RequestInfo(_request_id(scope), time.monotonic())
-        info.set_response_header("X-Request-Id", info.id)
+        info.set_response_header(REQUEST_ID_HEADER, info.id)
         scope[_SCOPE_KEY] = info
         current_request_id.set(info.id)
         started = False
@@ -75,7 +76,7 @@ class RequestContextMiddleware:
 
 
 def _request_id(scope: Scope) -> str:
-    sent: list[bytes] = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    sent: list[bytes] = [value for name, value in scope["headers"] if name == REQUEST_ID_HEADER.lower().encode()]
     if len(sent) == 1 and _SANE_REQUEST_ID.fullmatch(sent[0]):
         return sent[0].decode("ascii")
     return f"req-{uuid.uuid4().hex}"

@@ -28,6 +28,9 @@ logger = logging.getLogger("anybit.server")
 # A client that stopped reading must not hold the handler for ever after its time is up.
 _LAST_WORDS_SECONDS = 5.0
 
+# Proxies pass events on as they come; nginx holds them back unless it is told.
+_STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -190,7 +193,7 @@ class GenerationResponse(Response):
             async for piece in pieces:
                 if not self._started:
                     self._started = True
-                    await _start(send, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
+                    await _start(send, b"text/event-stream; charset=utf-8", *_STREAM_HEADERS)
                 chunk["choices"] = [self._shape.chunk_choice(piece)]
                 if settings.continuous_usage:
                     chunk["usage"] = self._usage(self._generation.num_generated_tokens)

@@ -75,6 +75,14 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help=f"Key clients must send; repeatable, or {API_KEYS_VARIABLE}.")
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="ANYBIT_ALLOWED_ORIGINS",
+            help="Origin of web pages that may ask, such as https://chat.example.com, or *; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name that clients ask for.", show_default=False)] = None,
     method: MethodOption = DEFAULT_METHOD,
     group_size: GroupSizeOption = "auto",
@@ -132,7 +140,6 @@ def serve(
     if not (resolved.is_prepared or wait or method == QUICK_METHOD):
         plan = UpgradePlan(method, resolved, quantize_command(resolved, method, group_size, made_for))
         method, resolved = QUICK_METHOD, resolve_model(model, QUICK_METHOD, size, made_for, source)
-    ensure_prepared(resolved, method, group_size, made_for)
     keys = tuple(api_key or [key for key in os.environ.get(API_KEYS_VARIABLE, "").split(",") if key])
     server_config = ServerConfig(
         model_name or resolved.name,
@@ -143,7 +150,9 @@ def serve(
         max_queued_requests=max_queued_requests,
         shadow_rate=shadow_rate,
         otlp_endpoint=otlp_endpoint,
+        allowed_origins=tuple(allowed_origin or ()),
     )
+    ensure_prepared(resolved, method, group_size, made_for)
     engine_config = replace(
         engine_config, checkpoint=resolved.checkpoint.as_posix(), model_name=server_config.model_name
     )
