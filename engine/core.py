@@ -122,6 +122,10 @@ class EngineCore:
         """Capture a decode step before one is needed; whether that was done. Not while there is work."""
         return self._runner.capture(shape)
 
+    def compile_mixed(self, widths: tuple[int, ...], num_rows: int) -> None:
+        """Compile what a step of these widths needs, from any thread, at any time."""
+        self._runner.compile_mixed(widths, num_rows)
+
     def apart(self) -> "EngineCore":
         """Another core over the same model and pages: its steps are not counted and nobody finds its pages."""
         return EngineCore(self._runner, self._scheduler.apart(), self._max_model_len, self._traffic.from_zero())

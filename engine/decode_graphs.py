@@ -122,6 +122,10 @@ class DecodeGraphs:
         self._steps = {shape: step, **self._steps}
         return True
 
+    def compile_mixed(self, widths: tuple[int, ...], num_rows: int) -> None:
+        """Compile what a step of these widths needs, from any thread."""
+        self._layers.compile_mixed(widths, num_rows)
+
     def _has_memory(self) -> bool:
         torch.cuda.empty_cache()  # as a capture does
         free, total = torch.cuda.mem_get_info(self._decoder.device)

@@ -10,6 +10,7 @@ import threading
 import time
 
 from anybit.engine.assemble import assemble
+from anybit.engine.compile_ahead import CompileAhead, mixed_steps
 from anybit.engine.core import EngineCore
 from anybit.engine.errors import AnyBitError
 from anybit.engine.logs import configure_logging
@@ -57,11 +58,15 @@ def main(file_descriptor: int) -> int:
     warm_up.before_serving()
     # What is loaded stays until the end: the collector need not look at it again and again between steps.
     gc.freeze()
+    compiling = CompileAhead(core.compile_mixed, mixed_steps(info)) if core.captures_steps else None
     try:
         channel.send(Ready(info))
         _serve(core, channel, warm_up)
     except (BrokenPipeError, ConnectionResetError):
         logger.info("The server is gone; the engine ends.")
+    finally:
+        if compiling is not None:
+            compiling.stop()
     return 0
 
 

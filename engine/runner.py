@@ -79,6 +79,11 @@ class Runner:
         """`DecodeGraphs.capture`, while no step is under way; False where steps are not captured."""
         return self._graphs is not None and self._graphs.capture(shape)
 
+    def compile_mixed(self, widths: tuple[int, ...], num_rows: int) -> None:
+        """Compile what a step of these widths needs, from any thread; nothing where steps are not captured."""
+        if self._graphs is not None:
+            self._graphs.compile_mixed(widths, num_rows)
+
     @torch.inference_mode()
     def launch(self, chunks: ReadOnly[Chunk]) -> LaunchedStep:
         """Begin a step; what is not captured as a graph is computed at once."""

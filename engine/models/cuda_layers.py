@@ -22,9 +22,11 @@ from anybit.kernels.cuda.activations import (
     prepare_activations,
     rms_norm,
 )
+from anybit.kernels.cuda.driver import only_compiling
 from anybit.kernels.cuda.linear import mixed_alignment
 from anybit.kernels.cuda.rotary import MOST_FORMATS, HeadNorms
 from anybit.kernels.cuda.sealed_attention import can_attend_sealed
+from anybit.kernels.widths import RowWidths
 from anybit.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -84,6 +86,26 @@ class CudaLayers:
     def row_alignment(self, counts: Sequence[int]) -> int:
         """At what multiples rows of a width begin in a step that has so many of each."""
         return mixed_alignment(counts, self._layers[0].attention_norm.weight.device, self.is_fast)
+
+    def compile_mixed(self, widths: tuple[int, ...], num_rows: int) -> None:
+        """Compile what products of a step of these widths need. From any thread: the GPU is asked for nothing."""
+        parts = [Rows(0, num_rows, RowWidths(widths, torch.empty(num_rows, dtype=torch.int64, device="meta")))]
+        alike = {(layer.qkv.out_features, layer.gate_up.out_features): layer for layer in self._layers}
+        for layer in alike.values():
+            products = (layer.qkv, layer.output, layer.gate_up, layer.down)
+            if all(product.form(parts[0]) is not None for product in products):
+                with only_compiling():
+                    self._compile_layer(layer, parts)
+
+    def _compile_layer(self, layer: _Layer, parts: Sequence[Rows]) -> None:
+        num_rows = parts[0].stop
+        hidden = torch.empty(num_rows, self._config.hidden_size, device="meta")
+        addition = Addition(self._empty(num_rows, self._config.hidden_size, hidden.device), layer.mlp_output_gain)
+        self._normed(hidden, addition, layer.attention_norm, layer.qkv, parts)
+        heads = self._empty(num_rows, self._config.num_heads * self._config.head_dim, hidden.device)
+        self._multiplied(heads, None, layer.output, parts)
+        gate_up = self._normed(hidden, addition, layer.mlp_norm, layer.gate_up, parts)
+        self._multiplied(gate_up, self._config.activation, layer.down, parts)
 
     def can_read(self, pool: KVPool) -> bool:
         """Whether these layers know the pages' formats: as many as there may be."""

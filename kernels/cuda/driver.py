@@ -1,8 +1,10 @@
 """The little of CUDA's driver that launching compiled kernels needs; PyTorch makes the context and the streams."""
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +48,15 @@ class _LaunchConfig(ctypes.Structure):
 class Kernel:
     """A function of a loaded module; modules stay loaded as long as the process."""
 
-    function: ctypes.c_void_p
+    function: ctypes.c_void_p | None  # None: it was only compiled
     overlaps: bool  # may begin before what precedes it in the stream has ended
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument], shared_bytes: int = 0
     ) -> None:
         """On PyTorch's current stream. Arguments are ctypes values in the order of the kernel's parameters."""
+        if self.function is None:
+            return
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION)
         attribute.value.flag = 1
@@ -88,7 +92,28 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def load_kernel(source: str, function: str, defines: tuple[tuple[str, int], ...], shared_bytes: int = 0) -> Kernel:
     """A kernel of `source/<source>.cu` for the current device, compiled on first use."""
+    if getattr(_this_thread, "only_compiles", False):
+        return _compile(torch.cuda.current_device(), source, defines)
     return _load(torch.cuda.current_device(), source, function, defines, shared_bytes)
+
+
+@contextlib.contextmanager
+def only_compiling() -> Iterator[None]:
+    """In this thread kernels are compiled, for the cache, and not launched: their tensors may be on the device "meta"."""
+    _this_thread.only_compiles = True
+    try:
+        yield
+    finally:
+        _this_thread.only_compiles = False
+
+
+_this_thread = threading.local()
+
+
+@functools.cache
+def _compile(device: int, source: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    cached_cubin(source, architecture(torch.cuda.get_device_capability(device)), dict(defines))
+    return Kernel(None, False)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from anybit.engine import decode_graphs, process
+from anybit.engine.compile_ahead import mixed_steps
 from anybit.engine.decode_graphs import MAX_SHAPES, DecodeGraphs
 from anybit.engine.messages import FRAME_HEADER, EngineChannel, Events, Generate, decode_from_engine, encode_frame
 from anybit.engine.step_inputs import StepShape
@@ -17,6 +18,7 @@ from anybit.engine.types import KVFormatInfo
 from anybit.engine.warm_up import MOST_SHAPES, WarmUp, first_requests, likely_shapes
 from anybit.engine.weights.checkpoint import CheckpointReader
 from anybit.engine.weights.loader import NestedLoader
+from anybit.kernels.cuda import compiler
 from tests.fixtures.engine import make_core, make_request, run
 from tests.fixtures.tiny_llama import decoder_of
 from tests.server.fake_engine import model_info
@@ -309,3 +311,21 @@ def test_every_likely_step_is_captured_once_and_none_again(tiny_gpu_decoder, kv_
     run(core, [make_request(str(n), range(5, 40 + n), 20, 4, **(drawn if n else {})) for n in range(8)])
     run(core, [make_request(str(n), range(5, 30), 20, 8) for n in range(3)])
     assert len(captured) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_format", ["bf16", "qet4"])
+def test_steps_of_several_widths_find_their_products_compiled(tiny_gpu_decoder, kv_format, monkeypatch, tmp_path):
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
+    core = make_core(tiny_gpu_decoder, kv_format=kv_format)
+    for widths, num_rows in mixed_steps(served_on_gpu(kv_format)):
+        core.compile_mixed(widths, num_rows)
+    compiled, compile_source = [], compiler.compile_source
+
+    def recorded(name, *of):
+        compiled.append(name)
+        return compile_source(name, *of)
+
+    monkeypatch.setattr(compiler, "compile_source", recorded)
+    run(core, [dataclasses.replace(request, prompt_token_ids=[5, 6, 7]) for request in mixed_requests()])
+    assert not {"linear_values", "linear_decode", "norm"} & set(compiled)
