@@ -16,6 +16,7 @@ namespace nested {
 
 // A sum below 2^22 added to this integer is the mantissa of a float that is that much above 12582912.
 constexpr int kMagic = 0x4B400000;
+static_assert(GROUP * 240 * 127 < 1 << 22, "sums of a group, of the largest bytes and digits, are below that");
 constexpr float kMagicFloat = 12582912.f;
 
 __device__ inline u32 load(const u32* from) {
