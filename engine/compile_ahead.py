@@ -56,13 +56,12 @@ class CompileAhead:
 
 
 def mixed_steps(model: ModelInfo) -> list[MixedStep]:
-    """The likeliest first: of few widths, then of few rows."""
+    """The likeliest first: of few widths, then of few rows. What pads each width may make many rows of few sequences."""
     widths = sorted(model.bit_widths)
-    most = next((rows for rows in _ROWS if rows >= model.max_num_seqs), _ROWS[-1])
+    most_widths = min(len(widths), model.max_num_seqs)
     return [
         (together, rows)
-        for count in range(2, len(widths) + 1)
+        for count in range(2, most_widths + 1)
         for rows in _ROWS
-        if rows <= most
         for together in itertools.combinations(widths, count)
     ]

@@ -5,44 +5,45 @@ process is bound by its own group and by all around it, as far as they can be se
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 _UNLIMITED_BYTES = 1 << 60  # version 1 says "none" by a number of pages that no machine has
 
 
-@dataclass(frozen=True, slots=True)
 class ControlGroups:
-    """Those of this process; `mount` and `membership` are elsewhere only in tests."""
+    """Those of this process that limit it, found once: what is left is asked for several times a second."""
 
-    mount: Path = Path("/sys/fs/cgroup")
-    membership: Path = Path("/proc/self/cgroup")
+    def __init__(self, mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> None:
+        """The places are others in tests alone."""
+        self._cpu = [group for group in _groups(mount, membership, "cpu") if _cpu_quota(group) is not None]
+        self._memory = [group for group in _groups(mount, membership, "memory") if _memory_left(group) is not None]
 
     def cpus(self) -> float | None:
         """Processors' worth of time that may be used, such as 1.5; None where nothing limits it."""
-        limits = [quota for group in self._groups("cpu") if (quota := _cpu_quota(group)) is not None]
+        limits = [quota for group in self._cpu if (quota := _cpu_quota(group)) is not None]
         return min(limits, default=None)
 
     def memory_left(self) -> int | None:
         """Bytes that may still be taken, caches that the system would give up counted in; None where nothing limits it."""
-        left = [rest for group in self._groups("memory") if (rest := _memory_left(group)) is not None]
+        left = [rest for group in self._memory if (rest := _memory_left(group)) is not None]
         return min(left, default=None)
 
-    def _groups(self, controller: str) -> Iterator[Path]:
-        """Folders that tell of a controller: the process's own group first, the outermost last."""
-        for line in _read(self.membership).splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":  # version 2
-                root = self.mount
-            elif controller in controllers.split(","):
-                root = self.mount / controller
-            else:
-                continue
-            group = Path(path.lstrip("/"))
-            if ".." in group.parts:  # outside of what this container sees
-                group = Path()
-            # Of version 1 the path may be the machine's, of which only the last part is mounted here, as the root.
-            yield from (root / place for place in (group, *group.parents) if (root / place).is_dir())
+
+def _groups(mount: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Folders that tell of a controller: the process's own group first, the outermost last."""
+    for line in _read(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root = mount
+        elif controller in controllers.split(","):
+            root = mount / controller
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        if ".." in group.parts:  # outside of what this container sees
+            group = Path()
+        # Of version 1 the path may be the machine's, of which only the last part is mounted here, as the root.
+        yield from (root / place for place in (group, *group.parents) if (root / place).is_dir())
 
 
 def _cpu_quota(group: Path) -> float | None:

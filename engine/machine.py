@@ -1,6 +1,7 @@
 """What the machine offers: cores, memory, devices."""
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def physical_cores() -> int:
     for cpu in cpus:
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
-    quota = ControlGroups().cpus()
+    quota = _control_groups().cpus()
     return max(1, len(siblings) if quota is None else min(len(siblings), int(quota)))
+
+
+@functools.cache
+def _control_groups() -> ControlGroups:
+    return ControlGroups()
 
 
 def cpu_flags() -> list[str]:
@@ -93,7 +99,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on the device, by a container within its limits."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    left = ControlGroups().memory_left()
+    left = _control_groups().memory_left()
     available = _available_memory()
     return available if left is None else min(left, available)
 

@@ -60,6 +60,7 @@ def test_wrong_usage_exits_2(arguments: tuple[str, ...], cache: Path) -> None:
         (("serve", "/nowhere/model"), "no model at /nowhere/model"),
         (("serve", "--default-bit-width", "8", "--widths", "2,3,4"), "not among the served widths"),
         (("serve", "--device", "abacus"), "abacus"),
+        (("serve", "--allowed-origin", "chat.example.com"), "is no origin of web pages"),
         (("quantize", "/nowhere/model", "/tmp/unused-destination"), "/nowhere/model"),
     ],
 )

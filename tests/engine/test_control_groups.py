@@ -96,6 +96,6 @@ def test_a_group_that_is_over_its_limit_has_nothing_left(make_groups):
 def test_threads_and_memory_keep_to_the_limits(make_groups, monkeypatch):
     files = {"cpu.max": "50000 100000", "memory.max": "100000", "memory.current": "40000"}
     groups = make_groups("0::/", files)
-    monkeypatch.setattr(machine, "ControlGroups", lambda: groups)
+    monkeypatch.setattr(machine, "_control_groups", lambda: groups)
     assert machine.physical_cores() == 1
     assert machine.free_bytes(machine.resolve_device("cpu")) == 60_000

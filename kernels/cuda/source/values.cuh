@@ -65,6 +65,7 @@ __device__ inline void wait_for_values(float* sums) {
 #define VALUES4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define VALUES16(i) VALUES4(i), VALUES4(i + 4), VALUES4(i + 8), VALUES4(i + 12)
 
+// One block each, for the operands of inline assembly are numbered one by one.
 // sums [+]= 64 rows of weights (a warp's 16 as an A fragment) times the values that a descriptor tells of, over 16 columns; of so
 // many n-tiles, 2 kTiles sums.
 template <bool kFirst, int kTiles = PASS_TILES>
