@@ -22,11 +22,14 @@ from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.page_layout import PAGE_TOKENS, pair_layout
 
 _HEAD_DIMS = (64, 128, 256)
-_COLUMNS = 8  # of a tile; as in source/sealed_attention.cu, like the numbers below
+_COLUMNS = 8  # of a product; as in source/sealed_attention.cu, like the numbers below
+_NARROW = 4  # query heads of a KV head for which half of them are enough
 _SPLIT_PAGES = 8
 _ROW_WARPS = (16, 8, 4, 2)  # the most that a block has room for
-_FEW_SPLITS, _FEW_TOGETHER, _MANY_TOGETHER = 32, 8, 24  # read at once when splits are merged
-_RESIDENT_WARPS = 16  # of a multiprocessor: with as many splits, each is a warp's
+_TOGETHER = (8, 16, 32)  # splits that are read at once when they are merged
+_FEW_SPLITS = 2  # of a multiprocessor: up to as many, a warp takes a page; beyond, a split
+_STREAM_SLOTS = 2  # records of each warp that takes splits, one under way while the other is read
+_STATIC_SHARED_BYTES = 2048  # of a kernel, at most, with what the system takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def can_attend_sealed(dtype: torch.dtype, head_dim: int, device: torch.device) -
         dtype in VALUES
         and head_dim in _HEAD_DIMS
         and can_launch(device)
-        and (1 << 16) + _SPLIT_PAGES * _sums_bytes(head_dim) <= max_shared_bytes(device)
+        and _rows_shared_bytes(head_dim, _ROW_WARPS[-1], 1 << 16) <= max_shared_bytes(device)
     )
 
 
@@ -135,17 +138,21 @@ def attend_sealed_splits(
     norms = torch.empty(sequences, heads, splits, 2, device=q.device)
     problem.partial, problem.partial_norm = partial.data_ptr(), norms.data_ptr()
     constants = _constants(q, pages, settings)
-    tiles = problem.kv_heads * -(-(heads // problem.kv_heads) // _COLUMNS)
-    if sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _RESIDENT_WARPS:
+    group = heads // problem.kv_heads
+    constants["TILE_HEADS"] = tile_heads = _NARROW if group <= _NARROW else _COLUMNS
+    tiles = problem.kv_heads * -(-group // tile_heads)
+    if sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS:
         shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim))
         kernel = load_kernel("sealed_attention", "attend_sealed_pages", defined(**constants), shared_bytes)
         kernel.launch((splits, tiles, sequences), 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
     else:
-        shared_bytes = _table_bytes(pages) + _SPLIT_PAGES * _sums_bytes(head_dim)
-        kernel = load_kernel("sealed_attention", "attend_sealed_splits", defined(**constants), shared_bytes)
-        grid = (-(-splits * tiles // _SPLIT_PAGES), sequences, 1)
-        kernel.launch(grid, 32 * _SPLIT_PAGES, [problem, *integers(splits, tiles)], shared_bytes)
-    constants["MERGED_TOGETHER"] = _FEW_TOGETHER if splits <= _FEW_SPLITS else _MANY_TOGETHER
+        warps = _stream_warps(pages, head_dim, q.device)
+        shared_bytes = _table_bytes(pages) + warps * _ring_bytes(pages)
+        stream = defined(**constants, STREAM_WARPS=warps, STREAM_SLOTS=_STREAM_SLOTS)
+        kernel = load_kernel("sealed_attention", "attend_sealed_splits", stream, shared_bytes)
+        grid = (min(num_multiprocessors(q.device), sequences * splits * tiles), 1, 1)
+        kernel.launch(grid, 32 * warps, [problem, *integers(sequences, splits, tiles)], shared_bytes)
+    constants["MERGED_TOGETHER"] = next((count for count in _TOGETHER if splits - 1 <= count), _TOGETHER[-1])
     # A thread a dimension of a head, or of as many heads as a product's tile has columns.
     columns = max(head_dim, TILE_COLUMNS)
     merge = Merge("sealed_attention", "merge_sealed", "merge_sealed_prepare", columns, sequences=1, threads=columns)
@@ -218,6 +225,17 @@ def _sums_bytes(head_dim: int) -> int:
 
 def _rows_shared_bytes(head_dim: int, warps: int, table_bytes: int) -> int:
     return table_bytes + warps * 2 * _sums_bytes(head_dim)
+
+
+def _ring_bytes(pages: SealedRecords) -> int:
+    return _STREAM_SLOTS * max(part.records.shape[2] for part in (pages.keys, pages.values))
+
+
+def _stream_warps(pages: SealedRecords, head_dim: int, device: torch.device) -> int:
+    """Of a block that has a multiprocessor to itself. Those that memory keeps waiting are better few."""
+    room = max_shared_bytes(device) - _STATIC_SHARED_BYTES - _table_bytes(pages)
+    best = 12 if max(pages.keys.code_bits, pages.values.code_bits) < 8 and head_dim <= 128 else 8
+    return min(best, room // _ring_bytes(pages))
 
 
 def _most_warps(choices: Sequence[int], device: torch.device, shared_bytes: Callable[[int], int]) -> int:

@@ -160,9 +160,10 @@ def test_a_cache_that_cannot_be_written_is_counted_and_does_no_harm(monkeypatch,
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("head_dim", "key_bits", "value_bits"), [(64, 8, 8), (128, 6, 6), (128, 4, 4), (128, 8, 4), (256, 8, 8)]
+    ("head_dim", "key_bits", "value_bits", "tile_heads"),
+    [(64, 8, 8, 4), (128, 6, 6, 8), (128, 4, 4, 4), (128, 8, 4, 8), (256, 8, 8, 4)],
 )
-def test_attention_over_sealed_pages_compiles(architecture, head_dim, key_bits, value_bits):
+def test_attention_over_sealed_pages_compiles(architecture, head_dim, key_bits, value_bits, tile_heads):
     defines = {"HEAD_DIM": head_dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "VALUE": 2}
-    defines |= {"HAS_WINDOW": 1, "HAS_SOFTCAP": 1}
+    defines |= {"HAS_WINDOW": 1, "HAS_SOFTCAP": 1, "TILE_HEADS": tile_heads}
     assert compile_source("sealed_attention", architecture, defines).startswith(ELF)

@@ -314,7 +314,7 @@ __device__ inline void seal_page(const __nv_bfloat16* rows, Workspace& workspace
 extern "C" __global__ void __launch_bounds__(kSealThreads, 2)
 seal_pages(SealProblem problem) {
     __shared__ Workspace workspace;
-    launch_dependents();
+    // Attention reads sealed pages before what came before it has ended, so nothing may begin before these are sealed.
     const bool is_value = blockIdx.y == 1, is_first = blockIdx.x >= problem.pages * problem.kv_heads;
     const int index = blockIdx.x - (is_first ? problem.pages * problem.kv_heads : 0);
     const int number = index / problem.kv_heads, kv_head = index % problem.kv_heads;

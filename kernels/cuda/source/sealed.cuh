@@ -66,10 +66,21 @@ struct Table {
 using KeyTable = Table<KEY_BITS, false>;
 using ValueTable = Table<VALUE_BITS, !SAME_TABLE>;
 
-// kBytes bytes at a multiple of as many, up to 16, as words.
-template <int kBytes>
+// kBytes bytes at a multiple of as many, up to 16, as words. kCopied: to shared memory.
+template <int kBytes, bool kCopied = false>
 __device__ inline void read_bytes(const u8* from, u32 (&words)[(kBytes + 3) / 4]) {
-    if constexpr (kBytes % 16 == 0) {
+    if constexpr (kCopied && kBytes % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < kBytes / 16; ++i) {
+            const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+    } else if constexpr (kCopied && kBytes == 8) {
+        const uint2 v = *reinterpret_cast<const uint2*>(from);
+        words[0] = v.x, words[1] = v.y;
+    } else if constexpr (kCopied && kBytes == 4) {
+        words[0] = *reinterpret_cast<const u32*>(from);
+    } else if constexpr (kBytes % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i) {
             const uint4 v = load_operand(from + 16 * i);
@@ -94,9 +105,10 @@ struct Codes {
     u32 high[(kHighBytes + 3) / 4], low[(kLowBytes + 3) / 4];
 
     // `token` is where the token's codes lie, `first` the first pair, a multiple of kCount.
+    template <bool kCopied>
     __device__ void read(const u8* token, int first) {
-        read_bytes<kHighBytes>(token + first * (kBits == 8 ? 2 : 1) / 2, high);
-        if constexpr (kBits == 6) read_bytes<kLowBytes>(token + kPairs / 2 + first / 4, low);  // a plane of the low two bits
+        read_bytes<kHighBytes, kCopied>(token + first * (kBits == 8 ? 2 : 1) / 2, high);
+        if constexpr (kBits == 6) read_bytes<kLowBytes, kCopied>(token + kPairs / 2 + first / 4, low);  // a plane of the low two bits
     }
     template <bool kIsSecond>
     __device__ void look_up(const Table<kBits, kIsSecond>& table, u32 (&pairs)[kCount]) const {

@@ -1,14 +1,15 @@
 // Attention of new tokens over sealed pages, their sequence's first tokens and their own page; codes stay codes.
 //
-// The product of keys and queries has tokens as rows and columns of eight (new tokens' heads) as columns, that of values has
-// dimensions as rows: an operand's register is a pair of neighbours of one token, which is what a code stands for, or two such
-// pairs with their halves exchanged. Norms multiply scores and weights, a page's mean is one more row of keys.
+// The product of keys and queries has tokens as rows and columns of eight (new tokens' heads) as columns, that of values has pairs
+// of dimensions as rows and two of its steps for each token (ValueSums). Norms multiply scores and weights, a page's mean is one
+// more row of keys.
 //
 // Each page is attended to for itself. Pages are merged in their order to splits of kSealedSplit, splits in their order to the
-// result, the own page last. A warp takes a page and a block a split where few sequences have one token each, a warp a split
+// result, the own page last. A warp takes a page and a block a split where few sequences have one token each, a warp takes splits
 // where many have, and a warp takes its columns through all pages where sequences have many tokens: the sums are the same, and
 // a token's result depends on its sequence alone.
 #include "sealed_merge.cuh"
+#include "sealed_stream.cuh"
 #include "sealed_sums.cuh"
 
 using namespace nested;
@@ -17,43 +18,28 @@ using namespace nested;
 #define ROW_WARPS 8
 #endif
 
-// Where a sequence's only token stands, and a split of its pages; the last split is the own page.
-struct TokenSplit {
-    int position, begin, end;
-    bool is_own;
-
-    __device__ TokenSplit(const SealedProblem& problem, int sequence, int split, int splits) {
-        position = (int)problem.positions[sequence];
-        const int own_page = position / kPage;
-        is_own = split == splits - 1;
-        begin = is_own ? own_page : max(split * kSealedSplit, oldest_seen(problem, position) / kPage);
-        end = is_own ? own_page + 1 : min((split + 1) * kSealedSplit, own_page);
-    }
-    __device__ bool is_empty() const { return position < 0 || begin >= end; }
-};
-
 // The query heads of one KV head that are a tile's columns.
 struct HeadTile {
     int kv_head, first_row;
 
     __device__ HeadTile(const SealedProblem& problem, int tile)
-        : kv_head(tile % problem.kv_heads), first_row(tile / problem.kv_heads * kQueryColumns) {}
-    __device__ int rows(const SealedProblem& problem) const { return min(problem.group() - first_row, kQueryColumns); }
-    __device__ size_t row(const SealedProblem& problem, int sequence, int column) const {
-        return (size_t)sequence * problem.heads + kv_head * problem.group() + first_row + column;
+        : kv_head(tile % problem.kv_heads), first_row(tile / problem.kv_heads * TILE_HEADS) {}
+    __device__ int rows(const SealedProblem& problem) const { return min(problem.group() - first_row, TILE_HEADS); }
+    __device__ size_t row(const SealedProblem& problem, int sequence, int query) const {
+        return (size_t)sequence * problem.heads + kv_head * problem.group() + first_row + query;
     }
     __device__ void read(const SealedProblem& problem, int sequence, int position, ColumnQueries& queries) const {
-        const int g = (threadIdx.x & 31) / 4;
-        queries.read(problem, problem.q + row(problem, sequence, g) * HEAD_DIM, g < rows(problem) ? position : -1);
+        const int query = (threadIdx.x & 31) / 4 % TILE_HEADS;
+        queries.read(problem, problem.q + row(problem, sequence, query) * HEAD_DIM, query < rows(problem) ? position : -1);
     }
 };
 
 // Few sequences of one token: a warp takes a page. A grid of (splits, kv heads x tiles of their query heads, sequences).
-// Shared memory: tables, of which the sums of the warps [kSealedSplit][kQueryColumns][HEAD_DIM] take the place.
+// Shared memory: tables, of which the sums of the warps [kSealedSplit][TILE_HEADS][HEAD_DIM] take the place.
 extern "C" __global__ void __launch_bounds__(kSealedSplit * 32, HEAD_DIM <= 128 ? 2 : 1)
 attend_sealed_pages(SealedProblem problem, int splits) {
     extern __shared__ __align__(16) u32 tables[];
-    __shared__ float2 norms[kSealedSplit][kQueryColumns];
+    __shared__ float2 norms[kSealedSplit][TILE_HEADS];
     launch_dependents();
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, sequence = blockIdx.z;
     const HeadTile tile(problem, blockIdx.y);
@@ -70,7 +56,7 @@ attend_sealed_pages(SealedProblem problem, int splits) {
     }
     __syncthreads();
     wait_for_inputs();
-    ColumnSums state;
+    ColumnSums<kNarrow> state;
     if (has_page) {
         ColumnQueries queries;
         tile.read(problem, sequence, split.position, queries);
@@ -85,13 +71,10 @@ attend_sealed_pages(SealedProblem problem, int splits) {
     if (has_page) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int column = 2 * c + i;
+            const int query = state.query_of(i);
             const float norm = of_eight_sum(state.norm[i]);
-            if (g == 0) norms[warp][column] = make_float2(state.largest[i], norm);
-#pragma unroll
-            for (int j = 0; j < kValueTiles; ++j)
-                *reinterpret_cast<float2*>(sums + (warp * kQueryColumns + column) * HEAD_DIM + 2 * (g * kValuePairs + j)) =
-                    make_float2(state.sums[j][i], state.sums[j][2 + i]);
+            if (g == 0) norms[warp][query] = make_float2(state.largest[i], norm);
+            state.store(i, sums + (warp * TILE_HEADS + query) * HEAD_DIM);
         }
     }
     __syncthreads();
@@ -101,49 +84,52 @@ attend_sealed_pages(SealedProblem problem, int splits) {
         Merged all;
         float sum = 0.f;
         for (int at = first; at < first + count; ++at)
-            sum = merged(sum, sums[at * kQueryColumns * HEAD_DIM + index], all.add(norms[at][row].x, norms[at][row].y));
+            sum = merged(sum, sums[at * TILE_HEADS * HEAD_DIM + index], all.add(norms[at][row].x, norms[at][row].y));
         const size_t place = tile.row(problem, sequence, row) * splits + blockIdx.x;
         problem.partial[place * HEAD_DIM + index % HEAD_DIM] = sum;
         if (index % HEAD_DIM == 0) problem.partial_norm[place] = make_float2(all.largest, all.norm);
     }
 }
 
-// Many sequences of one token: a warp takes a split. A grid of (splits x kv heads x tiles / kSealedSplit, sequences).
-// Shared memory: tables, then sums of the warps [kSealedSplit][kQueryColumns][HEAD_DIM].
-extern "C" __global__ void __launch_bounds__(kSealedSplit * 32, HEAD_DIM <= 128 ? 2 : 1)
-attend_sealed_splits(SealedProblem problem, int splits, int tiles) {
+// Many sequences of one token: a warp takes splits. Blocks as many as run at once.
+// Shared memory: tables, then the rings of the warps [STREAM_WARPS][kRingBytes].
+extern "C" __global__ void __launch_bounds__(STREAM_WARPS * 32, 1)
+attend_sealed_splits(SealedProblem problem, int sequences, int splits, int tiles) {
     extern __shared__ __align__(16) u32 tables[];
+    __shared__ unsigned long long barriers[STREAM_WARPS][STREAM_SLOTS];
     launch_dependents();
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, sequence = blockIdx.y;
-    const int item = blockIdx.x * kSealedSplit + warp, number = item / tiles;
-    const HeadTile tile(problem, item % tiles);
-    const TokenSplit split(problem, sequence, number, splits);
-    const bool has_work = number < splits && !split.is_empty();
-    if (has_work && !split.is_own) fetch_keys(problem, sequence, tile.kv_head, split.begin);
-    if (__syncthreads_or(has_work && !split.is_own)) fill_tables(problem, tables);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const RecordRing ring{reinterpret_cast<u8*>(tables) + kTableBytes + warp * kRingBytes, shared_address(barriers[warp])};
+    ring.init();
+    RecordStream stream(problem, ring, sequences, splits, tiles);
+    fill_tables(problem, tables);
     __syncthreads();
     wait_for_inputs();
-    if (!has_work) return;
-    ColumnQueries queries;
-    tile.read(problem, sequence, split.position, queries);
-    StoredSums sums(reinterpret_cast<u8*>(tables) + kTableBytes + warp * kQueryColumns * HEAD_DIM * sizeof(float));
-    if (split.is_own) {
-        ColumnSums state;
-        attend_own_page(problem, queries, sequence, 0, tile.kv_head, split.position, state);
-        sums.clear();
-        sums.add(state);
-    } else {
-        attend_split(problem, queries, tables, sequence, tile.kv_head, split.begin, split.end, sums);
-    }
+    for (int index = stream.first_item(); index < stream.num_items(); index += stream.num_warps()) {
+        const StreamItem item = stream.item(index);
+        const TokenSplit& split = item.split;
+        if (split.is_empty()) continue;
+        const HeadTile tile(problem, item.tile);
+        ColumnQueries queries;
+        tile.read(problem, item.sequence, split.position, queries);
+        RunningSums sums;
+        for (int page = split.begin; page < split.end; ++page) {
+            ColumnSums<kNarrow> state;
+            if (split.is_own) {
+                attend_own_page(problem, queries, item.sequence, 0, tile.kv_head, split.position, state);
+            } else {
+                attend_streamed_page(stream, problem, queries, tables, item.sequence, tile.kv_head, page, state);
+            }
+            sums.add(state);
+        }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int column = 2 * c + i;
-        if (column >= tile.rows(problem)) continue;
-        const size_t place = tile.row(problem, sequence, column) * splits + number;
-        if (g == 0) problem.partial_norm[place] = make_float2(sums.norms[i].largest, sums.norms[i].norm);
-#pragma unroll
-        for (int j = 0; j < kValueTiles; ++j)
-            *reinterpret_cast<float2*>(problem.partial + place * HEAD_DIM + 2 * (g * kValuePairs + j)) = sums.of(j, i);
+        for (int i = 0; i < 2; ++i) {
+            const int query = sums.query_of(i);
+            if (query >= tile.rows(problem)) continue;
+            const size_t place = tile.row(problem, item.sequence, query) * splits + item.number;
+            if (g == 0) problem.partial_norm[place] = make_float2(sums.norms[i].largest, sums.norms[i].norm);
+            sums.store(i, problem.partial + place * HEAD_DIM);
+        }
     }
 }
 
@@ -221,17 +207,17 @@ attend_sealed_rows(SealedProblem problem, int page_tiles) {
                      min((split + 1) * kSealedSplit, own_page), of_split);
         of_all.add(of_split);
     }
-    ColumnSums state;
+    ColumnSums<false> state;
     attend_own_page(problem, queries, sequence, number, kv_head, min(own_page * kPage + kPage, stop) - 1, state);
     of_all.add(state);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         float sum[2 * kValuePairs];
 #pragma unroll
-        for (int j = 0; j < kValueTiles; ++j) {
-            const float2 both = of_all.of(j, i);
-            sum[2 * j] = __fdiv_rn(both.x, of_all.norms[i].norm);
-            sum[2 * j + 1] = __fdiv_rn(both.y, of_all.norms[i].norm);
+        for (int pair = 0; pair < kValuePairs; ++pair) {
+            const float2 both = of_all.of(pair, i);
+            sum[2 * pair] = __fdiv_rn(both.x, of_all.norms[i].norm);
+            sum[2 * pair + 1] = __fdiv_rn(both.y, of_all.norms[i].norm);
         }
         if (ROTATED_VALUES) unrotate<2 * kValuePairs, 4>(sum);
         const int column = first_column + 2 * c + i;

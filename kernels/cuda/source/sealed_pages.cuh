@@ -55,15 +55,54 @@ struct ColumnQueries {
     }
 };
 
-// What eight columns have attended to in one page. Of sums[j], rows g and g + 8 are the two dimensions of pair
-// g * kValuePairs + j.
-struct ColumnSums {
-    float sums[kValueTiles][4];
-    float largest[2], norm[2];  // of columns 2c and 2c + 1; the norm is this lane's share
+// Sums over values. A register of codes looked up is a pair of neighbouring dimensions of one token, so it takes two steps of a
+// product: multiplied by (weight, 0) it adds to the pair's first dimension, by (0, weight) to the second. Those are two products of
+// eight columns, or one where columns c and c + 4 are those of one query (kIsNarrow).
+template <bool kIsNarrow>
+struct ValueSums {
+    static constexpr int kProducts = kIsNarrow ? 1 : 2;
+    float sums[kProducts][kValueTiles][4];  // of tile j, rows g and g + 8 are pairs g * kValuePairs + 2j and the next
 
     __device__ void clear() {
 #pragma unroll
-        for (int j = 0; j < kValueTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+        for (int product = 0; product < kProducts; ++product)
+#pragma unroll
+            for (int j = 0; j < kValueTiles; ++j) sums[product][j][0] = sums[product][j][1] = sums[product][j][2] = sums[product][j][3] = 0.f;
+    }
+    // Of column 2c + i.
+    __device__ float at(int product, int pair, int i) const { return sums[product][pair / 2][pair % 2 * 2 + i]; }
+    static __device__ int query_of(int i) {
+        const int column = threadIdx.x % 4 * 2 + i;
+        return kIsNarrow ? column % 4 : column;
+    }
+    // All numbers of the query of column 2c + i, to its [HEAD_DIM].
+    __device__ void store(int i, float* row) const {
+        float* to = row + threadIdx.x % 32 / 4 * 2 * kValuePairs;
+#pragma unroll
+        for (int pair = 0; pair < kValuePairs; ++pair) {
+            if constexpr (kIsNarrow) {
+                to[2 * pair + threadIdx.x % 4 / 2] = at(0, pair, i);
+            } else {
+                *reinterpret_cast<float2*>(to + 2 * pair) = make_float2(at(0, pair, i), at(1, pair, i));
+            }
+        }
+    }
+};
+
+// The second operand of those products: of two tokens' weights in one register, each beside a zero.
+template <bool kSecond>
+__device__ inline void spread(u32 weights, bool is_second, u32 (&operand)[2]) {
+    operand[0] = __byte_perm(weights, 0, kSecond || is_second ? 0x1044 : 0x4410);
+    operand[1] = __byte_perm(weights, 0, kSecond || is_second ? 0x3244 : 0x4432);
+}
+
+// What eight columns have attended to in one page.
+template <bool kIsNarrow>
+struct ColumnSums : ValueSums<kIsNarrow> {
+    float largest[2], norm[2];  // of columns 2c and 2c + 1; the norm is this lane's share
+
+    __device__ void clear() {
+        ValueSums<kIsNarrow>::clear();
         largest[0] = largest[1] = kNothing;
         norm[0] = norm[1] = 0.f;
     }
@@ -76,6 +115,9 @@ __device__ inline void read_exact(const __nv_bfloat16* from, u32 (&pairs)[kCount
     for (int i = 0; i < kCount; ++i) pairs[i] = halves(pairs[i]);
 }
 
+// The token, of eight, that row `row` of a product stands for: so that the four lanes which read values together read neighbours.
+__device__ inline int token_of(int row) { return row % 2 * 4 + row / 2; }
+
 // Norms of a page's tokens: each lane decodes two, token `lane` and the one 32 further on.
 struct PageNorms {
     float own[2];
@@ -86,16 +128,16 @@ struct PageNorms {
         own[0] = norm_of(codes[lane], of_page);
         own[1] = norm_of(codes[lane + 32], of_page);
     }
-    // Of token 16 * tile + 8 * half + g.
-    __device__ float of(int tile, int half) const {
-        return __shfl_sync(~0u, own[tile / 2], tile % 2 * 16 + half * 8 + (threadIdx.x & 31) / 4);
-    }
+    __device__ float of(int token) const { return __shfl_sync(~0u, own[token / 32], token % 32); }
 };
 
-// A page's keys and values as codes; of a sequence's first page (kIsFirst) the first tokens as they are.
-template <bool kIsFirst>
+// A page's keys and values as codes; of a sequence's first page (kIsFirst) the first tokens as they are. kCopied: records lie in
+// shared memory, values in the place of `values` only when keys are done with.
+template <bool kIsFirst, bool kCopied>
 struct SealedPage {
     static constexpr bool kIsWhole = true;  // no token of it comes after a query
+    static constexpr bool kReadsAhead = !kCopied;
+    static __device__ constexpr bool has_tile(int) { return true; }
     using Keys = Codes<KEY_BITS, kLanePairs>;
     using Values = Codes<VALUE_BITS, kValuePairs>;
     const u8 *keys, *values;
@@ -104,26 +146,25 @@ struct SealedPage {
     ValueTable value_table;
     PageNorms key_norms, value_norms;
 
-    __device__ SealedPage(const SealedProblem& problem, const KeyTable& key_table, const ValueTable& value_table, int sequence, int kv_head,
-                          int page)
-        : key_table(key_table), value_table(value_table) {
-        const size_t place = (size_t)problem.sealed[(size_t)sequence * problem.sealed_stride + page] * problem.kv_heads + kv_head;
-        keys = problem.keys + place * KeyRecord::kBytes;
-        values = problem.values + place * ValueRecord::kBytes;
+    __device__ SealedPage(const SealedProblem& problem, const u32* tables, int sequence, int kv_head) : key_table(tables), value_table(tables) {
         if (kIsFirst) {
             const size_t exact = (size_t)problem.first[(size_t)sequence * problem.first_stride] * problem.kv_heads + kv_head;
             exact_keys = reinterpret_cast<const __nv_bfloat16*>(problem.keys + exact * KeyRecord::kBytes);
             exact_values = reinterpret_cast<const __nv_bfloat16*>(problem.values + exact * ValueRecord::kBytes);
         }
     }
+    // Where the records lie.
+    __device__ void find(const SealedProblem& problem, int sequence, int kv_head, int page) {
+        const size_t place = (size_t)problem.sealed[(size_t)sequence * problem.sealed_stride + page] * problem.kv_heads + kv_head;
+        keys = problem.keys + place * KeyRecord::kBytes;
+        values = problem.values + place * ValueRecord::kBytes;
+    }
     static __device__ bool is_exact(int token) { return kIsFirst && token < FIRST_EXACT; }
 
-    __device__ void read_norms() {
-        key_norms.read(keys + KeyRecord::kNorms, keys + KeyRecord::kNormRange);
-        value_norms.read(values + ValueRecord::kNorms, values + ValueRecord::kNormRange);
-    }
+    __device__ void read_key_norms() { key_norms.read(keys + KeyRecord::kNorms, keys + KeyRecord::kNormRange); }
+    __device__ void read_value_norms() { value_norms.read(values + ValueRecord::kNorms, values + ValueRecord::kNormRange); }
     __device__ void read_keys(int token, Keys& codes) const {
-        codes.read(keys + token * KeyRecord::kTokenBytes, threadIdx.x % 4 * kLanePairs);
+        codes.template read<kCopied>(keys + token * KeyRecord::kTokenBytes, threadIdx.x % 4 * kLanePairs);
     }
     __device__ void key_pairs(int token, const Keys& codes, u32 (&pairs)[kLanePairs]) const {
         if (is_exact(token)) {
@@ -133,7 +174,7 @@ struct SealedPage {
         }
     }
     __device__ void read_values(int token, Values& codes) const {
-        codes.read(values + token * ValueRecord::kTokenBytes, threadIdx.x % 32 / 4 * kValuePairs);
+        codes.template read<kCopied>(values + token * ValueRecord::kTokenBytes, threadIdx.x % 32 / 4 * kValuePairs);
     }
     __device__ void value_pairs(int token, const Values& codes, u32 (&pairs)[kValuePairs]) const {
         if (is_exact(token)) {
@@ -142,19 +183,19 @@ struct SealedPage {
             codes.look_up(value_table, pairs);
         }
     }
-    __device__ float key_norm(int tile, int half) const {
-        const float norm = key_norms.of(tile, half);
-        return is_exact(16 * tile + 8 * half + threadIdx.x % 32 / 4) ? 1.f : norm;
+    __device__ float key_norm(int token) const {
+        const float norm = key_norms.of(token);
+        return is_exact(token) ? 1.f : norm;
     }
-    __device__ float value_norm(int tile, int half) const {
-        const float norm = value_norms.of(tile, half);
-        return is_exact(16 * tile + 8 * half + threadIdx.x % 32 / 4) ? 1.f : norm;
+    __device__ float value_norm(int token) const {
+        const float norm = value_norms.of(token);
+        return is_exact(token) ? 1.f : norm;
     }
     // What the page's mean adds to the scores of columns 2c and 2c + 1. Its codes are numbers above 1024 for the product, which
     // the sum of the queries takes away again.
     __device__ float2 mean_scores(const ColumnQueries& queries) const {
         u32 words[kLanePairs / 2];
-        read_bytes<2 * kLanePairs>(keys + KeyRecord::kMean + threadIdx.x % 4 * 2 * kLanePairs, words);
+        read_bytes<2 * kLanePairs, kCopied>(keys + KeyRecord::kMean + threadIdx.x % 4 * 2 * kLanePairs, words);
         float above[4] = {};
 #pragma unroll
         for (int step = 0; step < kKeySteps; ++step) {
@@ -173,7 +214,7 @@ struct SealedPage {
 
 // A page that is being written, up to token `written` of its sequence.
 struct OwnPage {
-    static constexpr bool kIsWhole = false;
+    static constexpr bool kIsWhole = false, kReadsAhead = true;
     struct Keys {};
     struct Values {};
     const __nv_bfloat16 *keys, *values;
@@ -185,7 +226,9 @@ struct OwnPage {
         values = problem.own_values + place;
     }
     static __device__ bool is_exact(int) { return true; }
-    __device__ void read_norms() {}
+    __device__ bool has_tile(int tile) const { return 16 * tile <= written % kPage; }
+    __device__ void read_key_norms() {}
+    __device__ void read_value_norms() {}
     __device__ void read_keys(int, Keys&) const {}
     __device__ void read_values(int, Values&) const {}
     __device__ void key_pairs(int token, const Keys&, u32 (&pairs)[kLanePairs]) const {
@@ -198,38 +241,45 @@ struct OwnPage {
 #pragma unroll
             for (int j = 0; j < kValuePairs; ++j) pairs[j] = 0;
     }
-    __device__ float key_norm(int, int) const { return 1.f; }
-    __device__ float value_norm(int, int) const { return 1.f; }
+    __device__ float key_norm(int) const { return 1.f; }
+    __device__ float value_norm(int) const { return 1.f; }
     __device__ float2 mean_scores(const ColumnQueries&) const { return make_float2(0.f, 0.f); }
 };
 
 // The tokens of one page, of which `first_token` is the first, as far as the queries see them. `halfway` is called when keys are
-// done with and values are under way.
-template <class Page, class Halfway>
+// done with.
+template <bool kIsNarrow, class Page, class Halfway>
 __device__ inline void attend_page(const SealedProblem& problem, const ColumnQueries& queries, Page& page, int first_token,
-                                   ColumnSums& state, Halfway halfway) {
+                                   ColumnSums<kIsNarrow>& state, Halfway halfway) {
     state.clear();
-    const int lane = threadIdx.x & 31, g = lane / 4, c = lane % 4;
+    const int lane = threadIdx.x & 31, c = lane % 4, token_of_row = token_of(lane / 4);
     typename Page::Keys keys[4][2];
     typename Page::Values values[4][4];
+    const auto read_values = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) page.read_values(16 * step + i / 2 * 8 + token_of(2 * c + i % 2), values[step][i]);
+    };
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) page.read_keys(16 * tile + 8 * half + g, keys[tile][half]);
-    page.read_norms();
+        for (int half = 0; half < 2; ++half) page.read_keys(16 * tile + 8 * half + token_of_row, keys[tile][half]);
+    page.read_key_norms();
+    if (Page::kReadsAhead) page.read_value_norms();
     const float2 means = page.mean_scores(queries);
     const float mean[2] = {means.x, means.y};
     float score[4][4];
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
         float (&sum)[4] = score[tile];
+        if (!page.has_tile(tile)) {
+            sum[0] = sum[1] = sum[2] = sum[3] = kNothing;
+            continue;
+        }
         sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
         u32 rows[2][kLanePairs];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) page.key_pairs(16 * tile + 8 * half + g, keys[tile][half], rows[half]);
-        // The values' codes take the registers of the keys'.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) page.read_values(16 * tile + 2 * c + i % 2 + i / 2 * 8, values[tile][i]);
+        for (int half = 0; half < 2; ++half) page.key_pairs(16 * tile + 8 * half + token_of_row, keys[tile][half], rows[half]);
+        if (Page::kReadsAhead) read_values(tile);  // the values' codes take the registers of the keys'
 #pragma unroll
         for (int step = 0; step < kKeySteps; ++step) {
             const u32 operand[4] = {rows[0][2 * step], rows[1][2 * step], rows[0][2 * step + 1], rows[1][2 * step + 1]};
@@ -237,8 +287,8 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int in_page = 16 * tile + 8 * half + g, token = first_token + in_page;
-            const float norm = page.key_norm(tile, half);
+            const int in_page = 16 * tile + 8 * half + token_of_row, token = first_token + in_page;
+            const float norm = page.key_norm(in_page);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float& s = sum[2 * half + i];
@@ -250,6 +300,7 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         }
     }
     halfway();
+    if (!Page::kReadsAhead) page.read_value_norms();
     float reference[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -258,10 +309,11 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
     }
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-        u32 weights[2];
+        if (!page.has_tile(step)) continue;
+        if (!Page::kReadsAhead) read_values(step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float norm = page.value_norm(step, half);
+            const float norm = page.value_norm(16 * step + 8 * half + token_of_row);
             float weight[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -269,34 +321,64 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
                 state.norm[i] += weight[i];
                 weight[i] *= norm;
             }
-            weights[half] = transposed(halves(weight[0], weight[1]));
-        }
-        u32 pairs[4][kValuePairs];
+            const u32 weights = transposed(halves(weight[0], weight[1]));
+            u32 pairs[2][kValuePairs];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) page.value_pairs(16 * step + 2 * c + i % 2 + i / 2 * 8, values[step][i], pairs[i]);
+            for (int i = 0; i < 2; ++i) page.value_pairs(16 * step + 8 * half + token_of(2 * c + i), values[step][2 * half + i], pairs[i]);
+            u32 first[2], second[2];
+            spread<false>(weights, kIsNarrow && lane >= 16, first);
+            spread<true>(weights, true, second);
 #pragma unroll
-        for (int j = 0; j < kValueTiles; ++j) {
-            const u32 operand[4] = {__byte_perm(pairs[0][j], pairs[1][j], 0x5410), __byte_perm(pairs[0][j], pairs[1][j], 0x7632),
-                                    __byte_perm(pairs[2][j], pairs[3][j], 0x5410), __byte_perm(pairs[2][j], pairs[3][j], 0x7632)};
-            multiply_halves(state.sums[j], operand, weights[0], weights[1]);
+            for (int j = 0; j < kValueTiles; ++j) {
+                const u32 operand[4] = {pairs[0][2 * j], pairs[0][2 * j + 1], pairs[1][2 * j], pairs[1][2 * j + 1]};
+                multiply_halves(state.sums[0][j], operand, first[0], first[1]);
+                if constexpr (!kIsNarrow) multiply_halves(state.sums[1][j], operand, second[0], second[1]);
+            }
         }
     }
 }
 
 // A page of a sequence before the queries' own.
-template <class Halfway>
+template <bool kIsFirst, bool kIsNarrow, class Halfway>
+__device__ inline void attend_records(const SealedProblem& problem, const ColumnQueries& queries, const u32* tables, int sequence, int kv_head,
+                                      int page, ColumnSums<kIsNarrow>& state, Halfway halfway) {
+    SealedPage<kIsFirst, false> sealed(problem, tables, sequence, kv_head);
+    sealed.find(problem, sequence, kv_head, page);
+    attend_page(problem, queries, sealed, page * kPage, state, halfway);
+}
+template <bool kIsNarrow, class Halfway>
 __device__ inline void attend_sealed_page(const SealedProblem& problem, const ColumnQueries& queries, const u32* tables, int sequence,
-                                          int kv_head, int page, ColumnSums& state, Halfway halfway) {
+                                          int kv_head, int page, ColumnSums<kIsNarrow>& state, Halfway halfway) {
     if (page == 0) {
-        SealedPage<true> first(problem, KeyTable(tables), ValueTable(tables), sequence, kv_head, 0);
-        attend_page(problem, queries, first, 0, state, halfway);
+        attend_records<true>(problem, queries, tables, sequence, kv_head, 0, state, halfway);
     } else {
-        SealedPage<false> sealed(problem, KeyTable(tables), ValueTable(tables), sequence, kv_head, page);
-        attend_page(problem, queries, sealed, page * kPage, state, halfway);
+        attend_records<false>(problem, queries, tables, sequence, kv_head, page, state, halfway);
     }
 }
+// The same where a stream brings its records.
+template <bool kIsFirst, bool kIsNarrow, class Stream>
+__device__ inline void attend_records_of(Stream& stream, const SealedProblem& problem, const ColumnQueries& queries, const u32* tables,
+                                         int sequence, int kv_head, int page, ColumnSums<kIsNarrow>& state) {
+    SealedPage<kIsFirst, true> sealed(problem, tables, sequence, kv_head);
+    sealed.keys = stream.wait_for_record();
+    attend_page(problem, queries, sealed, page * kPage, state, [&] {
+        stream.done();
+        sealed.values = stream.wait_for_record();
+    });
+    stream.done();
+}
+template <bool kIsNarrow, class Stream>
+__device__ inline void attend_streamed_page(Stream& stream, const SealedProblem& problem, const ColumnQueries& queries, const u32* tables,
+                                            int sequence, int kv_head, int page, ColumnSums<kIsNarrow>& state) {
+    if (page == 0) {
+        attend_records_of<true>(stream, problem, queries, tables, sequence, kv_head, 0, state);
+    } else {
+        attend_records_of<false>(stream, problem, queries, tables, sequence, kv_head, page, state);
+    }
+}
+template <bool kIsNarrow>
 __device__ inline void attend_own_page(const SealedProblem& problem, const ColumnQueries& queries, int sequence, int number, int kv_head,
-                                       int written, ColumnSums& state) {
+                                       int written, ColumnSums<kIsNarrow>& state) {
     OwnPage own(problem, problem.own[(size_t)sequence * problem.own_stride + number], kv_head, written);
     attend_page(problem, queries, own, written / kPage * kPage, state, [] {});
 }

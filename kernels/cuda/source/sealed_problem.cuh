@@ -4,11 +4,16 @@
 
 namespace nested {
 
+#ifndef TILE_HEADS  // query heads of a KV head that a warp takes together for one token: 4 or 8
+#define TILE_HEADS 8
+#endif
+
 constexpr int kQueryColumns = 8;  // of a product
+constexpr bool kNarrow = TILE_HEADS == 4;
 constexpr int kSealedSplit = 8;   // pages; also warps of a block with one token a sequence
 constexpr int kLanePairs = HEAD_DIM / 8;    // of a token's keys: a quad has them all
 constexpr int kValuePairs = HEAD_DIM / 16;  // of a token's values: eight lanes have them all
-constexpr int kKeySteps = HEAD_DIM / 16, kValueTiles = HEAD_DIM / 16;
+constexpr int kKeySteps = HEAD_DIM / 16, kValueTiles = HEAD_DIM / 32;
 
 struct SealedProblem {
     const Value* q;               // [sequences, tokens, heads, HEAD_DIM], in the basis of the pages
@@ -35,6 +40,21 @@ struct SealedProblem {
 __device__ inline int oldest_seen(const SealedProblem& problem, int position) {
     return HAS_WINDOW ? max(position - problem.window + 1, 0) : 0;
 }
+
+// Where a sequence's only token stands, and a split of its pages; the last split is the own page.
+struct TokenSplit {
+    int position, begin, end;
+    bool is_own;
+
+    __device__ TokenSplit(const SealedProblem& problem, int sequence, int split, int splits) {
+        position = (int)problem.positions[sequence];
+        const int own_page = position / kPage;
+        is_own = split == splits - 1;
+        begin = is_own ? own_page : max(split * kSealedSplit, oldest_seen(problem, position) / kPage);
+        end = is_own ? own_page + 1 : min((split + 1) * kSealedSplit, own_page);
+    }
+    __device__ bool is_empty() const { return position < 0 || begin >= end; }
+};
 
 __device__ inline void multiply_halves(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(

@@ -1,6 +1,6 @@
-// What Hopper's warpgroup products need: the instruction, copies that a barrier counts, and descriptors of shared memory.
+// What Hopper's warpgroup products need: the instruction, registers that change hands, and descriptors of shared memory.
 #pragma once
-#include "nested.cuh"
+#include "copies.cuh"
 
 #ifndef PASS_TILES  // n-tiles of a pass
 #define PASS_TILES 16
@@ -10,37 +10,6 @@ namespace nested {
 
 constexpr int kSums = PASS_TILES * 4;  // of a lane: 64 rows of a warpgroup, two digits of each token
 
-__device__ inline u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-__device__ inline void init_barrier(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void expect_bytes(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-__device__ inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
-__device__ inline void copy_16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-// A barrier counts this thread when the copies that it has asked for have ended.
-__device__ inline void arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
 // All warps of a warpgroup, to give registers away or to take them.
 template <int kRegisters>
 __device__ inline void give_registers() {
