@@ -6,7 +6,7 @@ import threading
 
 from anybit.engine.compile_ahead import CompileAhead, mixed_steps
 from tests.server.fake_engine import model_info
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 
 def served(bit_widths, max_num_seqs=128):

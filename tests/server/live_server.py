@@ -1,8 +1,6 @@
 """A real uvicorn in a thread, on a free port, around a FakeEngine."""
 
 import threading
-import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from anybit.server.app import build_app
 from anybit.server.config import ServerConfig
 from anybit.server.upgrade import Upgrade
 from tests.server.fake_engine import FakeEngine
+from tests.waiting import wait_until
 
 
 class LiveServer:
@@ -86,10 +85,3 @@ class LiveServer:
         self.ask_to_stop()
         self._thread.join(timeout=10)
         assert not self._thread.is_alive(), "the server did not stop"
-
-
-def wait_until(condition: Callable[[], bool], message: str, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, message
-        time.sleep(0.005)

@@ -8,7 +8,7 @@ import pytest
 from anybit.server.admission import Admission
 from anybit.server.errors import QueueFullError
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 
 def test_sequences_and_tokens_are_counted_and_given_back():

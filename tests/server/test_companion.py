@@ -14,7 +14,7 @@ from anybit.engine.errors import AnyBitError
 from anybit.server.companion import run_companion
 from tests.fixtures.processes import is_running
 from tests.fixtures.sentences import assert_one_sentence
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 LINGER = """
 import os, sys, time

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 DETAILS = {"prompt_tokens_details": {"cached_tokens": 0}, "bit_width": 4}
 

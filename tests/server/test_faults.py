@@ -12,7 +12,7 @@ import pytest
 
 from anybit.engine.errors import CapacityError, EngineDrainingError, EngineLostError
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 
 def assert_nothing_left(server) -> None:

@@ -9,7 +9,7 @@ import pytest
 from anybit.engine.errors import CheckpointError
 from anybit.engine.types import EngineState
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 
 def status(server, path: str) -> tuple[int, str]:

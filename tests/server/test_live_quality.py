@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from anybit.engine.types import GenerationRequest, TokenEvent, TokenLogprob
 from anybit.server.live_quality import NUM_LIKELIEST, kl_lower_bound
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 PROBABILITIES = {8: {4: 0.75, 5: 0.25}, 4: {4: 0.5, 5: 0.5}, 2: {4: 0.25, 5: 0.75}, 3: {4: 0.75, 5: 0.25}}
 """What each width of ScoringEngine believes of every next token."""

@@ -15,7 +15,7 @@ from anybit.engine.logs import JsonFormatter
 from anybit.server.config import ConfigError, ServerConfig
 from anybit.server.tracing import build_request_tracer, tracer_of
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import wait_until
+from tests.waiting import wait_until
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

@@ -22,8 +22,9 @@ from anybit.server.scoring.run import ScoringOptions, evaluate_server
 from tests.fixtures.sentences import assert_one_sentence
 from tests.server.fake_engine import WIDTHS, FakeEngine
 from tests.server.foreign_server import ForeignServer, Reply, Script, whole
-from tests.server.live_server import LiveServer, wait_until
+from tests.server.live_server import LiveServer
 from tests.server.tiny_checkpoint import byte_level_tokenizer, write_checkpoint
+from tests.waiting import wait_until
 
 QUESTIONS = tuple(builtin_questions()[:5])
 OPTIONS = ScoringOptions(perplexity=False, questions=QUESTIONS, context=50, max_tokens=200)

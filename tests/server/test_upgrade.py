@@ -20,7 +20,8 @@ from anybit.server.upgrade import ProgressLog, Upgrade, UpgradePlan, UpgradeStat
 from tests.fixtures.processes import children, is_running
 from tests.fixtures.sentences import assert_one_sentence
 from tests.server.fake_engine import FakeEngine, model_info
-from tests.server.live_server import LiveServer, wait_until
+from tests.server.live_server import LiveServer
+from tests.waiting import wait_until
 
 MAKE = """
 import sys, time
