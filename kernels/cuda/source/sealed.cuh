@@ -43,12 +43,25 @@ struct Table {
         base = (u32)__cvta_generic_to_shared(tables);
         place = (kBits == 4 ? lane % 16 * 8 : lane * 4) + (kIsSecond ? 128 : 0);
     }
-    // `entries` are [2^kBits] pairs of half-precision numbers.
+    // By all threads of a block, several of `entries`, [2^kBits] pairs of half-precision numbers, at a time.
+    template <int kThreads>
     static __device__ void fill(u32* tables, const u32* entries) {
-        for (int index = threadIdx.x; index < (kBits == 6 ? 64 : 256) * 8; index += blockDim.x) {
-            const int row = index / 8;
-            const u32 a = entries[kBits == 4 ? row & 15 : row], b = kBits == 4 ? entries[row >> 4] : a;
-            reinterpret_cast<uint4*>(tables)[row * 16 + (kIsSecond ? 8 : 0) + index % 8] = make_uint4(a, b, a, b);
+        constexpr int kChunks = (kBits == 6 ? 64 : 256) * 8, kTogether = 8;
+        for (int first = threadIdx.x; first < kChunks; first += kTogether * kThreads) {
+            u32 even[kTogether], odd[kTogether];
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                const int row = (first + i * kThreads) / 8;
+                if (first + i * kThreads >= kChunks) continue;
+                even[i] = entries[kBits == 4 ? row & 15 : row];
+                odd[i] = kBits == 4 ? entries[row >> 4] : even[i];
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                const int chunk = first + i * kThreads;
+                if (chunk >= kChunks) continue;
+                reinterpret_cast<uint4*>(tables)[chunk / 8 * 16 + (kIsSecond ? 8 : 0) + chunk % 8] = make_uint4(even[i], odd[i], even[i], odd[i]);
+            }
         }
     }
     // Of the code, or the two, in byte `index` of a word.

@@ -51,20 +51,24 @@ attend_sealed_pages(SealedProblem problem, int splits) {
     const int page = split.is_own ? split.begin + warp : (int)blockIdx.x * kSealedSplit + warp;
     const bool has_page = page >= split.begin && page < split.end;
     if (!split.is_own) {
-        if (has_page) fetch_keys(problem, sequence, tile.kv_head, page);
-        fill_tables(problem, tables);
+        if (has_page) fetch_page(problem, sequence, tile.kv_head, page, true);
+        fill_tables<kSealedSplit * 32>(problem, tables);
     }
     __syncthreads();
-    wait_for_inputs();
-    ColumnSums<kNarrow> state;
-    if (has_page) {
-        ColumnQueries queries;
+    ColumnQueries queries;
+    const auto read_queries = [&]() -> const ColumnQueries& {
+        wait_for_inputs();
         tile.read(problem, sequence, split.position, queries);
-        if (split.is_own) {
-            attend_own_page(problem, queries, sequence, 0, tile.kv_head, split.position, state);
-        } else {
-            attend_sealed_page(problem, queries, tables, sequence, tile.kv_head, page, state, [] {});
-        }
+        return queries;
+    };
+    ColumnSums<kNarrow> state;
+    if (!has_page) {
+        wait_for_inputs();
+    } else if (split.is_own) {
+        read_queries();
+        attend_own_page(problem, queries, sequence, 0, tile.kv_head, split.position, state);
+    } else {
+        attend_sealed_page(problem, tables, sequence, tile.kv_head, page, state, read_queries, [] {});
     }
     __syncthreads();  // the sums take the place of the tables
     float* sums = reinterpret_cast<float*>(tables);
@@ -102,7 +106,7 @@ attend_sealed_splits(SealedProblem problem, int sequences, int splits, int tiles
     const RecordRing ring{reinterpret_cast<u8*>(tables) + kTableBytes + warp * kRingBytes, shared_address(barriers[warp])};
     ring.init();
     RecordStream stream(problem, ring, sequences, splits, tiles);
-    fill_tables(problem, tables);
+    fill_tables<STREAM_WARPS * 32>(problem, tables);
     __syncthreads();
     wait_for_inputs();
     for (int index = stream.first_item(); index < stream.num_items(); index += stream.num_warps()) {
@@ -182,7 +186,7 @@ attend_sealed_rows(SealedProblem problem, int page_tiles) {
     // The last pages have most to do, so they begin first.
     const int number = gridDim.x / page_tiles - 1 - blockIdx.x / page_tiles, own_page = start / kPage + number;
     if (start < 0 || own_page * kPage >= stop) return;
-    if (own_page > 0) fill_tables(problem, tables);
+    if (own_page > 0) fill_tables<ROW_WARPS * 32>(problem, tables);
     __syncthreads();
     const int first_column = (blockIdx.x % page_tiles * ROW_WARPS + warp) * kQueryColumns;
     const auto position_of = [&](int column) {

@@ -117,6 +117,8 @@ __device__ inline void read_exact(const __nv_bfloat16* from, u32 (&pairs)[kCount
 
 // The token, of eight, that row `row` of a product stands for: so that the four lanes which read values together read neighbours.
 __device__ inline int token_of(int row) { return row % 2 * 4 + row / 2; }
+// The token of a page that is row g of half a tile.
+__device__ inline int token_in_page(int tile, int half) { return 16 * tile + 8 * half + token_of(threadIdx.x % 32 / 4); }
 
 // Norms of a page's tokens: each lane decodes two, token `lane` and the one 32 further on.
 struct PageNorms {
@@ -145,6 +147,8 @@ struct SealedPage {
     KeyTable key_table;
     ValueTable value_table;
     PageNorms key_norms, value_norms;
+    Keys key_codes[4][2];
+    u32 mean_codes[kLanePairs / 2];
 
     __device__ SealedPage(const SealedProblem& problem, const u32* tables, int sequence, int kv_head) : key_table(tables), value_table(tables) {
         if (kIsFirst) {
@@ -161,16 +165,23 @@ struct SealedPage {
     }
     static __device__ bool is_exact(int token) { return kIsFirst && token < FIRST_EXACT; }
 
-    __device__ void read_key_norms() { key_norms.read(keys + KeyRecord::kNorms, keys + KeyRecord::kNormRange); }
-    __device__ void read_value_norms() { value_norms.read(values + ValueRecord::kNorms, values + ValueRecord::kNormRange); }
-    __device__ void read_keys(int token, Keys& codes) const {
-        codes.template read<kCopied>(keys + token * KeyRecord::kTokenBytes, threadIdx.x % 4 * kLanePairs);
+    __device__ void read_keys() {
+        const int c = threadIdx.x % 4;
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                key_codes[tile][half].template read<kCopied>(keys + token_in_page(tile, half) * KeyRecord::kTokenBytes, c * kLanePairs);
+        read_bytes<2 * kLanePairs, kCopied>(keys + KeyRecord::kMean + c * 2 * kLanePairs, mean_codes);
+        key_norms.read(keys + KeyRecord::kNorms, keys + KeyRecord::kNormRange);
     }
-    __device__ void key_pairs(int token, const Keys& codes, u32 (&pairs)[kLanePairs]) const {
+    __device__ void read_value_norms() { value_norms.read(values + ValueRecord::kNorms, values + ValueRecord::kNormRange); }
+    __device__ void key_pairs(int tile, int half, u32 (&pairs)[kLanePairs]) const {
+        const int token = token_in_page(tile, half);
         if (is_exact(token)) {
             read_exact(exact_keys + token * HEAD_DIM + threadIdx.x % 4 * 2 * kLanePairs, pairs);
         } else {
-            codes.look_up(key_table, pairs);
+            key_codes[tile][half].look_up(key_table, pairs);
         }
     }
     __device__ void read_values(int token, Values& codes) const {
@@ -194,14 +205,12 @@ struct SealedPage {
     // What the page's mean adds to the scores of columns 2c and 2c + 1. Its codes are numbers above 1024 for the product, which
     // the sum of the queries takes away again.
     __device__ float2 mean_scores(const ColumnQueries& queries) const {
-        u32 words[kLanePairs / 2];
-        read_bytes<2 * kLanePairs, kCopied>(keys + KeyRecord::kMean + threadIdx.x % 4 * 2 * kLanePairs, words);
         float above[4] = {};
 #pragma unroll
         for (int step = 0; step < kKeySteps; ++step) {
             u32 codes[4];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) codes[2 * i] = codes[2 * i + 1] = __byte_perm(words[step], 0x64646464, i == 0 ? 0x4140 : 0x4342);
+            for (int i = 0; i < 2; ++i) codes[2 * i] = codes[2 * i + 1] = __byte_perm(mean_codes[step], 0x64646464, i == 0 ? 0x4140 : 0x4342);
             multiply_halves(above, codes, queries.operand[step][0], queries.operand[step][1]);
         }
         const float2 range = range_at(keys + KeyRecord::kMeanRange);
@@ -215,7 +224,6 @@ struct SealedPage {
 // A page that is being written, up to token `written` of its sequence.
 struct OwnPage {
     static constexpr bool kIsWhole = false, kReadsAhead = true;
-    struct Keys {};
     struct Values {};
     const __nv_bfloat16 *keys, *values;
     int written;
@@ -227,12 +235,11 @@ struct OwnPage {
     }
     static __device__ bool is_exact(int) { return true; }
     __device__ bool has_tile(int tile) const { return 16 * tile <= written % kPage; }
-    __device__ void read_key_norms() {}
+    __device__ void read_keys() {}
     __device__ void read_value_norms() {}
-    __device__ void read_keys(int, Keys&) const {}
     __device__ void read_values(int, Values&) const {}
-    __device__ void key_pairs(int token, const Keys&, u32 (&pairs)[kLanePairs]) const {
-        read_exact(keys + token * HEAD_DIM + threadIdx.x % 4 * 2 * kLanePairs, pairs);
+    __device__ void key_pairs(int tile, int half, u32 (&pairs)[kLanePairs]) const {
+        read_exact(keys + token_in_page(tile, half) * HEAD_DIM + threadIdx.x % 4 * 2 * kLanePairs, pairs);
     }
     __device__ void value_pairs(int token, const Values&, u32 (&pairs)[kValuePairs]) const {
         read_exact(values + token * HEAD_DIM + threadIdx.x % 32 / 4 * 2 * kValuePairs, pairs);
@@ -246,24 +253,18 @@ struct OwnPage {
     __device__ float2 mean_scores(const ColumnQueries&) const { return make_float2(0.f, 0.f); }
 };
 
-// The tokens of one page, of which `first_token` is the first, as far as the queries see them. `halfway` is called when keys are
-// done with.
+// The tokens of one page, of which `first_token` is the first, as far as the queries see them. Its keys are read before; `halfway`
+// is called when they are done with.
 template <bool kIsNarrow, class Page, class Halfway>
 __device__ inline void attend_page(const SealedProblem& problem, const ColumnQueries& queries, Page& page, int first_token,
                                    ColumnSums<kIsNarrow>& state, Halfway halfway) {
     state.clear();
-    const int lane = threadIdx.x & 31, c = lane % 4, token_of_row = token_of(lane / 4);
-    typename Page::Keys keys[4][2];
+    const int lane = threadIdx.x & 31, c = lane % 4;
     typename Page::Values values[4][4];
     const auto read_values = [&](int step) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) page.read_values(16 * step + i / 2 * 8 + token_of(2 * c + i % 2), values[step][i]);
     };
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) page.read_keys(16 * tile + 8 * half + token_of_row, keys[tile][half]);
-    page.read_key_norms();
     if (Page::kReadsAhead) page.read_value_norms();
     const float2 means = page.mean_scores(queries);
     const float mean[2] = {means.x, means.y};
@@ -278,7 +279,7 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
         u32 rows[2][kLanePairs];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) page.key_pairs(16 * tile + 8 * half + token_of_row, keys[tile][half], rows[half]);
+        for (int half = 0; half < 2; ++half) page.key_pairs(tile, half, rows[half]);
         if (Page::kReadsAhead) read_values(tile);  // the values' codes take the registers of the keys'
 #pragma unroll
         for (int step = 0; step < kKeySteps; ++step) {
@@ -287,7 +288,7 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int in_page = 16 * tile + 8 * half + token_of_row, token = first_token + in_page;
+            const int in_page = token_in_page(tile, half), token = first_token + in_page;
             const float norm = page.key_norm(in_page);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -313,7 +314,7 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         if (!Page::kReadsAhead) read_values(step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float norm = page.value_norm(16 * step + 8 * half + token_of_row);
+            const float norm = page.value_norm(token_in_page(step, half));
             float weight[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -338,21 +339,23 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
     }
 }
 
-// A page of a sequence before the queries' own.
-template <bool kIsFirst, bool kIsNarrow, class Halfway>
-__device__ inline void attend_records(const SealedProblem& problem, const ColumnQueries& queries, const u32* tables, int sequence, int kv_head,
-                                      int page, ColumnSums<kIsNarrow>& state, Halfway halfway) {
+// A page of a sequence before the queries' own, where it lies. `read_queries` is called when its keys are under way.
+template <bool kIsFirst, bool kIsNarrow, class ReadQueries, class Halfway>
+__device__ inline void attend_records(const SealedProblem& problem, const u32* tables, int sequence, int kv_head, int page,
+                                      ColumnSums<kIsNarrow>& state, ReadQueries read_queries, Halfway halfway) {
     SealedPage<kIsFirst, false> sealed(problem, tables, sequence, kv_head);
     sealed.find(problem, sequence, kv_head, page);
+    sealed.read_keys();
+    const ColumnQueries& queries = read_queries();
     attend_page(problem, queries, sealed, page * kPage, state, halfway);
 }
-template <bool kIsNarrow, class Halfway>
-__device__ inline void attend_sealed_page(const SealedProblem& problem, const ColumnQueries& queries, const u32* tables, int sequence,
-                                          int kv_head, int page, ColumnSums<kIsNarrow>& state, Halfway halfway) {
+template <bool kIsNarrow, class ReadQueries, class Halfway>
+__device__ inline void attend_sealed_page(const SealedProblem& problem, const u32* tables, int sequence, int kv_head, int page,
+                                          ColumnSums<kIsNarrow>& state, ReadQueries read_queries, Halfway halfway) {
     if (page == 0) {
-        attend_records<true>(problem, queries, tables, sequence, kv_head, 0, state, halfway);
+        attend_records<true>(problem, tables, sequence, kv_head, 0, state, read_queries, halfway);
     } else {
-        attend_records<false>(problem, queries, tables, sequence, kv_head, page, state, halfway);
+        attend_records<false>(problem, tables, sequence, kv_head, page, state, read_queries, halfway);
     }
 }
 // The same where a stream brings its records.
@@ -361,6 +364,7 @@ __device__ inline void attend_records_of(Stream& stream, const SealedProblem& pr
                                          int sequence, int kv_head, int page, ColumnSums<kIsNarrow>& state) {
     SealedPage<kIsFirst, true> sealed(problem, tables, sequence, kv_head);
     sealed.keys = stream.wait_for_record();
+    sealed.read_keys();
     attend_page(problem, queries, sealed, page * kPage, state, [&] {
         stream.done();
         sealed.values = stream.wait_for_record();
@@ -383,17 +387,22 @@ __device__ inline void attend_own_page(const SealedProblem& problem, const Colum
     attend_page(problem, queries, own, written / kPage * kPage, state, [] {});
 }
 
-// Begin to bring the keys of a page nearer, a line a lane. Not values: those would be driven out again before their turn.
-__device__ inline void fetch_keys(const SealedProblem& problem, int sequence, int kv_head, int page) {
+// Begin to bring records of a page nearer, a line a lane.
+template <int kBytes>
+__device__ inline void fetch_record(const u8* record) {
+    for (int line = (threadIdx.x & 31) * 128; line < kBytes; line += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(record + line));
+}
+// Not values where another page comes first: those would be driven out again before their turn.
+__device__ inline void fetch_page(const SealedProblem& problem, int sequence, int kv_head, int page, bool with_values) {
     const size_t place = (size_t)problem.sealed[(size_t)sequence * problem.sealed_stride + page] * problem.kv_heads + kv_head;
-    const u8* keys = problem.keys + place * KeyRecord::kBytes;
-    for (int line = (threadIdx.x & 31) * 128; line < KeyRecord::kBytes; line += 32 * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + line));
+    fetch_record<KeyRecord::kBytes>(problem.keys + place * KeyRecord::kBytes);
+    if (with_values) fetch_record<ValueRecord::kBytes>(problem.values + place * ValueRecord::kBytes);
 }
 
+template <int kThreads>
 __device__ inline void fill_tables(const SealedProblem& problem, u32* tables) {
-    KeyTable::fill(tables, problem.key_table);
-    if (!SAME_TABLE) ValueTable::fill(tables, problem.value_table);
+    KeyTable::fill<kThreads>(tables, problem.key_table);
+    if (!SAME_TABLE) ValueTable::fill<kThreads>(tables, problem.value_table);
 }
 
 }  // namespace nested

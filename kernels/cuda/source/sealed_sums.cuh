@@ -66,8 +66,9 @@ __device__ inline void attend_split(const SealedProblem& problem, const ColumnQu
     sums.clear();
     for (int page = begin; page < end; ++page) {
         ColumnSums<false> state;
-        attend_sealed_page(problem, queries, tables, sequence, kv_head, page, state, [&] {
-            if (page + 1 < end) fetch_keys(problem, sequence, kv_head, page + 1);
+        const auto read = [&]() -> const ColumnQueries& { return queries; };
+        attend_sealed_page(problem, tables, sequence, kv_head, page, state, read, [&] {
+            if (page + 1 < end) fetch_page(problem, sequence, kv_head, page + 1, false);
         });
         sums.add(state);
     }
