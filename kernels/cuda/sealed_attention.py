@@ -1,7 +1,7 @@
 """Attention of new tokens over sealed pages on an NVIDIA GPU, without decoding them."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.page_layout import PAGE_TOKENS, pair_layout
 
 _HEAD_DIMS = (64, 128, 256)
-_COLUMNS = 8  # of a product; as in source/sealed_attention.cu, like the numbers below
+_COLUMNS = 8  # of a product; as in source/sealed_problem.cuh, like the numbers below
 _NARROW = 4  # query heads of a KV head for which half of them are enough
 _SPLIT_PAGES = 8
 _ROW_WARPS = (16, 8, 4, 2)  # the most that a block has room for
@@ -68,7 +68,7 @@ class SealedTables:
 
 
 class _Problem(ctypes.Structure):
-    """`SealedProblem` of source/sealed_attention.cu."""
+    """`SealedProblem` of source/sealed_problem.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "own_keys", "own_values")),
@@ -117,7 +117,7 @@ def attend_sealed(
     page_tiles = -(-columns // (_COLUMNS * warps))
     constants = defined(**_constants(q, pages, settings), ROW_WARPS=warps)
     shared_bytes = _rows_shared_bytes(head_dim, warps, _table_bytes(pages))
-    kernel = load_kernel("sealed_attention", "attend_sealed_rows", constants, shared_bytes)
+    kernel = load_kernel("attend_sealed_rows", "attend_sealed_rows", constants, shared_bytes)
     grid = (tables.own.shape[1] * page_tiles, problem.kv_heads, len(q))
     kernel.launch(grid, 32 * warps, [problem, *integers(page_tiles)], shared_bytes)
 
@@ -143,20 +143,19 @@ def attend_sealed_splits(
     tiles = problem.kv_heads * -(-group // tile_heads)
     if sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS:
         shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim))
-        kernel = load_kernel("sealed_attention", "attend_sealed_pages", defined(**constants), shared_bytes)
+        kernel = load_kernel("attend_sealed_pages", "attend_sealed_pages", defined(**constants), shared_bytes)
         kernel.launch((splits, tiles, sequences), 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
     else:
         warps = _stream_warps(pages, head_dim, q.device)
         shared_bytes = _table_bytes(pages) + warps * _ring_bytes(pages)
         stream = defined(**constants, STREAM_WARPS=warps, STREAM_SLOTS=_STREAM_SLOTS)
-        kernel = load_kernel("sealed_attention", "attend_sealed_splits", stream, shared_bytes)
+        kernel = load_kernel("attend_sealed_splits", "attend_sealed_splits", stream, shared_bytes)
         grid = (min(num_multiprocessors(q.device), sequences * splits * tiles), 1, 1)
         kernel.launch(grid, 32 * warps, [problem, *integers(sequences, splits, tiles)], shared_bytes)
-    constants["MERGED_TOGETHER"] = next((count for count in _TOGETHER if splits - 1 <= count), _TOGETHER[-1])
     # A thread a dimension of a head, or of as many heads as a product's tile has columns.
     columns = max(head_dim, TILE_COLUMNS)
-    merge = Merge("sealed_attention", "merge_sealed", "merge_sealed_prepare", columns, sequences=1, threads=columns)
-    return SplitAttention(q, problem, constants, splits, merge, (positions, partial, norms))
+    merge = Merge("merge_sealed", "merge_sealed", "merge_sealed_prepare", columns, sequences=1, threads=columns)
+    return SplitAttention(q, problem, _merge_constants(constants, splits), splits, merge, (positions, partial, norms))
 
 
 def _problem(
@@ -212,6 +211,13 @@ def _constants(q: Tensor, pages: SealedRecords, settings: AttentionSettings) -> 
         "HAS_WINDOW": int(settings.window is not None),
         "HAS_SOFTCAP": int(settings.softcap is not None),
     }
+
+
+def _merge_constants(constants: Mapping[str, int], splits: int) -> dict[str, int]:
+    """Sums of splits are alike whatever bits their codes had."""
+    together = next((count for count in _TOGETHER if splits - 1 <= count), _TOGETHER[-1])
+    names = ("HEAD_DIM", "VALUE", "ROTATED_VALUES", "HAS_WINDOW")
+    return {name: constants[name] for name in names} | {"MERGED_TOGETHER": together}
 
 
 def _table_bytes(pages: SealedRecords) -> int:

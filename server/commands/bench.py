@@ -68,7 +68,11 @@ def decode(
         bool | None, typer.Option("--reproducible/--fast", help="As of `anybit serve`; matters on a GPU.")
     ] = None,
     beside_bf16: Annotated[
-        bool, typer.Option("--beside-bf16", help="Also measure the --shape with bfloat16 weights, as 16 bits (GPU).")
+        bool,
+        typer.Option(
+            "--beside-bf16",
+            help="Also measure the --shape with bfloat16 weights, as 16 bits, and the first --kv-format (GPU).",
+        ),
     ] = False,
     json_path: JsonOption = None,
 ) -> None:
@@ -103,12 +107,13 @@ def decode(
     needed = context + steps + max(batches) * (context // _FEWEST_STEP_TOKENS + 2) + _ROOM
     alone = [(width,) for width in bit_widths]
     measured = []
-    for name in parse_kv_formats(kv_format):
+    kv_formats = parse_kv_formats(kv_format)
+    for name in kv_formats:
         of_format = replace(config, kv_format=name)
         subject = loaded_subject(of_format) if shape is None else random_subject(shape, of_format, needed)
         measured.append((subject, alone if mixed is None else [*alone, mixed_widths]))
     if shape is not None and beside_bf16:
-        of_floats = replace(config, bit_widths=(UNQUANTIZED,), default_bit_width=UNQUANTIZED)
+        of_floats = replace(config, bit_widths=(UNQUANTIZED,), default_bit_width=UNQUANTIZED, kv_format=kv_formats[0])
         measured.append((random_subject(shape, of_floats, needed), [(UNQUANTIZED,)]))
     with stage_progress() as progress:
         report = bench_decode(

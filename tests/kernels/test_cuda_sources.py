@@ -166,4 +166,12 @@ def test_a_cache_that_cannot_be_written_is_counted_and_does_no_harm(monkeypatch,
 def test_attention_over_sealed_pages_compiles(architecture, head_dim, key_bits, value_bits, tile_heads):
     defines = {"HEAD_DIM": head_dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "VALUE": 2}
     defines |= {"HAS_WINDOW": 1, "HAS_SOFTCAP": 1, "TILE_HEADS": tile_heads}
-    assert compile_source("sealed_attention", architecture, defines).startswith(ELF)
+    for source in ("attend_sealed_pages", "attend_sealed_splits", "attend_sealed_rows"):
+        assert compile_source(source, architecture, defines).startswith(ELF)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("head_dim", "together"), [(64, 8), (128, 32), (256, 16)])
+def test_merging_splits_of_sealed_pages_compiles(architecture, head_dim, together):
+    defines = {"HEAD_DIM": head_dim, "VALUE": 2, "MERGED_TOGETHER": together}
+    assert compile_source("merge_sealed", architecture, defines).startswith(ELF)

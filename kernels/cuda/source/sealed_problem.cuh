@@ -1,12 +1,23 @@
-// What attention over sealed pages is given, and the few instructions that its parts share.
+// Attention of new tokens over sealed pages, their sequence's first tokens and their own page; codes stay codes. Here is what it is
+// given, and the few instructions that its parts share.
+//
+// The product of keys and queries has tokens as rows and columns of eight (new tokens' heads) as columns, that of values has pairs
+// of dimensions as rows and two of its steps for each token (ValueSums). Norms multiply scores and weights, a page's mean is one
+// more row of keys.
+//
+// Each page is attended to for itself. Pages are merged in their order to splits of kSealedSplit, splits in their order to the
+// result, the own page last. A warp takes a page and a block a split where few sequences have one token each
+// (attend_sealed_pages.cu), a warp takes splits where many have (attend_sealed_splits.cu), and a warp takes its columns through all
+// pages where sequences have many tokens (attend_sealed_rows.cu): the sums are the same, and a token's result depends on its
+// sequence alone.
 #pragma once
 #include "sealed.cuh"
-
-namespace nested {
 
 #ifndef TILE_HEADS  // query heads of a KV head that a warp takes together for one token: 4 or 8
 #define TILE_HEADS 8
 #endif
+
+namespace nested {
 
 constexpr int kQueryColumns = 8;  // of a product
 constexpr bool kNarrow = TILE_HEADS == 4;
