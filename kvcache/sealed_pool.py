@@ -125,7 +125,7 @@ class SealedPool:
 
 
 class _AlikeLayers:
-    """Sealed pages of layers that have one format, by number: sealed together, on a GPU by one kernel if they are pairs."""
+    """Sealed pages of layers that have one format, by number: sealed together, on a GPU by one kernel if it knows them."""
 
     def __init__(self, pages: Mapping[int, SealedPages]) -> None:
         self._pages = pages

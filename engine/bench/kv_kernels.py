@@ -21,20 +21,20 @@ from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.cuda.attention import attend_splits
 from anybit.kernels.cuda.seal import LayerRecords, PageSeals, can_seal, seal_pages
 from anybit.kernels.cuda.sealed_attention import SealedRecords, SealedTables, attend_sealed, can_attend_sealed
-from anybit.kvcache.formats import SEALED_FORMATS, is_rotated, parse_format
-from anybit.kvcache.gpu_records import layer_records, sealed_records
+from anybit.kvcache.formats import SEALED_FORMATS, parse_format
+from anybit.kvcache.gpu_records import has_kernels, layer_records, sealed_records
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.sealed_pool import Seals, sealed_layer
 from anybit.kvcache.spec import PAGE_SIZE, KVSpec
 
-PAIR_FORMATS = tuple(name for name in SEALED_FORMATS if is_rotated(name))
+KERNEL_FORMATS = tuple(name for name in SEALED_FORMATS if has_kernels(name))
 """Formats whose pages the GPU's kernels seal and read."""
 SEALED_TOGETHER = (1, 8, 32)
 """Pages, one of a sequence each, for which sealing is timed."""
 LIBRARY = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 _ROTATION_BYTES = 160 << 20  # read before anything is read again: far more than an L2 cache holds
-_REPLAYS = 5
+_REPLAYS = 15
 _DIFFERENT_PAGES = 64  # of random numbers, from which all sealed ones are made
 
 Call = Callable[[], object]
@@ -49,13 +49,13 @@ def bench_kv_kernels(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """The `bench kv --kernels` report of a `model_shapes` shape: decode attention at each cell of sequences and tokens
-    before the new one, and sealing, per format (None: all `PAIR_FORMATS`).
+    before the new one, and sealing, per format (None: all `KERNEL_FORMATS`).
 
     Microseconds of attention are one layer's, those of sealing one page's over all layers. ConfigError where the kernels
     know no such format or can't run.
     """
     config = MODELS[shape]
-    names = _checked_formats(PAIR_FORMATS if kv_formats is None else kv_formats)
+    names = _checked_formats(KERNEL_FORMATS if kv_formats is None else kv_formats)
     target = _checked_device(device, config.head_dim)
     return {
         "device": describe_device(target),
@@ -241,8 +241,10 @@ def _checked_formats(names: Sequence[str]) -> tuple[str, ...]:
     """Those beside bf16, which is always timed."""
     chosen = tuple(name for name in dict.fromkeys(names) if name != OWN_FORMAT)
     for name in chosen:
-        if not set(parse_format(name).names) <= set(PAIR_FORMATS):
-            raise ConfigError(f"The GPU has kernels for {', '.join(PAIR_FORMATS)} and their mixtures, not for {name}.")
+        if not set(parse_format(name).names) <= set(KERNEL_FORMATS):
+            raise ConfigError(
+                f"The GPU has kernels for {', '.join(KERNEL_FORMATS)} and their mixtures, not for {name}."
+            )
     return chosen
 
 

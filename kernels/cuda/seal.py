@@ -1,4 +1,4 @@
-"""Full pages of keys and values encoded as ordered pairs on an NVIDIA GPU, of all layers at once."""
+"""Full pages of keys and values encoded on an NVIDIA GPU, of all layers at once."""
 
 import ctypes
 from dataclasses import dataclass
@@ -30,18 +30,46 @@ class PairEntries:
     def code_bits(self) -> int:
         return len(self.entries).bit_length()
 
+    @property
+    def num_clusters(self) -> int:
+        return len(self.clusters)
+
+    @property
+    def addresses(self) -> tuple[int | None, int | None]:
+        """Of entries and clusters."""
+        return self.entries.data_ptr(), self.clusters.data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class UniformLevels:
+    """Encoded in evenly spaced levels of 8 bits: of each channel of a page's keys, of each token of its values."""
+
+    @property
+    def code_bits(self) -> int:
+        """Of two neighbours, as with pairs."""
+        return 16
+
+    @property
+    def num_clusters(self) -> int:
+        return 1
+
+    @property
+    def addresses(self) -> tuple[int | None, int | None]:
+        """They need no entries and no clusters."""
+        return None, None
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRecords:
     """Layers whose records have one form: int64 `layers` [n], and the `addresses` [n, 2] of their keys' and values' records.
 
-    Records lie as `page_layout.pair_layout` says, contiguous uint8 [pages, kv_heads, bytes]; keys' have a mean.
+    Records lie as `page_layout` says, contiguous uint8 [pages, kv_heads, bytes]; keys' of pairs have a mean.
     """
 
     layers: Tensor
     addresses: Tensor
-    keys: PairEntries
-    values: PairEntries
+    keys: PairEntries | UniformLevels
+    values: PairEntries | UniformLevels
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +113,13 @@ def seal_pages(own: ExactPages, records: LayerRecords, seals: PageSeals) -> None
     if pages + firsts == 0:
         return
     _check(own, records)
+    before = (own.keys, own.values, records.layers, records.addresses)
+    after = (seals.slots, seals.page_ids, seals.first_slots, seals.first_page_ids)
     problem = _Problem(
-        *(
-            tensor.data_ptr()
-            for tensor in (
-                own.keys,
-                own.values,
-                records.layers,
-                records.addresses,
-                records.keys.entries,
-                records.keys.clusters,
-                records.values.entries,
-                records.values.clusters,
-                seals.slots,
-                seals.page_ids,
-                seals.first_slots,
-                seals.first_page_ids,
-            )
-        ),
+        *(tensor.data_ptr() for tensor in before),
+        *records.keys.addresses,
+        *records.values.addresses,
+        *(tensor.data_ptr() for tensor in after),
         layer_stride=own.keys.stride(0),
         pages=pages,
         kv_heads=kv_heads,
@@ -112,14 +129,16 @@ def seal_pages(own: ExactPages, records: LayerRecords, seals: PageSeals) -> None
     kernel.launch(((pages + firsts) * kv_heads, 2, len(records.layers)), _THREADS, [problem])
 
 
-def seal_constants(head_dim: int, keys: PairEntries, values: PairEntries) -> tuple[tuple[str, int], ...]:
+def seal_constants(
+    head_dim: int, keys: PairEntries | UniformLevels, values: PairEntries | UniformLevels
+) -> tuple[tuple[str, int], ...]:
     """What source/seal.cu is compiled for."""
     return defined(
         HEAD_DIM=head_dim,
         KEY_BITS=keys.code_bits,
         VALUE_BITS=values.code_bits,
-        KEY_CLUSTERS=len(keys.clusters),
-        VALUE_CLUSTERS=len(values.clusters),
+        KEY_CLUSTERS=keys.num_clusters,
+        VALUE_CLUSTERS=values.num_clusters,
     )
 
 
@@ -128,5 +147,7 @@ def _check(own: ExactPages, records: LayerRecords) -> None:
         if pages.shape[3] != PAGE_TOKENS or pages.stride(0) != own.keys.stride(0) or not pages[0].is_contiguous():
             raise ValueError("Own pages of each layer are contiguous, and keys' as far from each other as values'.")
     for part in (records.keys, records.values):
+        if isinstance(part, UniformLevels):
+            continue
         if part.code_bits not in _CODE_BITS or len(part.entries) % len(part.clusters):
             raise ValueError("Pairs have codes of 4, 6 or 8 bits, and clusters as many entries each.")

@@ -19,12 +19,13 @@ from anybit.kernels.cuda.driver import (
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
 from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
-from anybit.kernels.page_layout import PAGE_TOKENS, pair_layout
+from anybit.kernels.page_layout import PAGE_TOKENS, PageLayout, pair_layout, uniform_layout
 
 _HEAD_DIMS = (64, 128, 256)
 _COLUMNS = 8  # of a product; as in source/sealed_problem.cuh, like the numbers below
 _NARROW = 4  # query heads of a KV head for which half of them are enough
 _SPLIT_PAGES = 8
+_TABLE_ROWS = {4: 256, 6: 64, 8: 256, 16: 0}  # by the bits of a code, as in source/sealed.cuh
 _ROW_WARPS = (16, 8, 4, 2)  # the most that a block has room for
 _TOGETHER = (8, 16, 32)  # splits that are read at once when they are merged
 _FEW_SPLITS = 2  # of a multiprocessor: up to as many, a warp takes a page; beyond, a split
@@ -43,6 +44,29 @@ class PairRecords:
     def code_bits(self) -> int:
         return (len(self.levels) - 1).bit_length()
 
+    def layout(self, is_keys: bool, head_dim: int) -> PageLayout:
+        return pair_layout(self.code_bits, has_mean=is_keys, head_dim=head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class UniformRecords:
+    """Records uint8 [pages, kv_heads, bytes] with evenly spaced levels of 8 bits, per channel (keys) or token (values)."""
+
+    records: Tensor
+
+    @property
+    def levels(self) -> None:
+        """Codes stand for themselves."""
+        return None
+
+    @property
+    def code_bits(self) -> int:
+        """Of two neighbours, as with pairs."""
+        return 16
+
+    def layout(self, is_keys: bool, head_dim: int) -> PageLayout:
+        return uniform_layout(8, head_dim if is_keys else PAGE_TOKENS, head_dim)
+
 
 @dataclass(frozen=True, slots=True)
 class SealedRecords:
@@ -51,8 +75,8 @@ class SealedRecords:
     `signs` float32 [head_dim] are those of the values' rotation, None where they are not rotated.
     """
 
-    keys: PairRecords
-    values: PairRecords
+    keys: PairRecords | UniformRecords
+    values: PairRecords | UniformRecords
     exact_tokens: int
     signs: Tensor | None
 
@@ -171,7 +195,7 @@ def _problem(
     kv_heads = own.keys.shape[1]
     return _Problem(
         *(
-            tensor.data_ptr()
+            None if tensor is None else tensor.data_ptr()
             for tensor in (
                 q,
                 pages.keys.records,
@@ -184,9 +208,9 @@ def _problem(
                 tables.first,
                 tables.own,
                 positions,
+                pages.signs,
             )
         ),
-        signs=None if pages.signs is None else pages.signs.data_ptr(),
         tokens=tokens,
         heads=heads,
         kv_heads=kv_heads,
@@ -221,7 +245,8 @@ def _merge_constants(constants: Mapping[str, int], splits: int) -> dict[str, int
 
 
 def _table_bytes(pages: SealedRecords) -> int:
-    return 256 * (64 if pages.keys.code_bits == pages.values.code_bits == 6 else 256)
+    """Of both tables, a row for each code, side by side."""
+    return 256 * max(_TABLE_ROWS[part.code_bits] for part in (pages.keys, pages.values))
 
 
 def _sums_bytes(head_dim: int) -> int:
@@ -250,7 +275,7 @@ def _most_warps(choices: Sequence[int], device: torch.device, shared_bytes: Call
 
 
 def _check_records(pages: SealedRecords, head_dim: int) -> None:
-    for part, has_mean in ((pages.keys, True), (pages.values, False)):
-        expected = pair_layout(part.code_bits, has_mean, head_dim).num_bytes
+    for part, is_keys in ((pages.keys, True), (pages.values, False)):
+        expected = part.layout(is_keys, head_dim).num_bytes
         if part.records.shape[2] != expected:
             raise ValueError(f"Records have {part.records.shape[2]} bytes, not the {expected} of their codes.")

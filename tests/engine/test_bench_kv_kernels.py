@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from anybit.engine.bench import kv_kernels
-from anybit.engine.bench.kv_kernels import PAIR_FORMATS, SEALED_TOGETHER, KernelTimer, bench_kv_kernels, kernel_rows
+from anybit.engine.bench.kv_kernels import KERNEL_FORMATS, SEALED_TOGETHER, KernelTimer, bench_kv_kernels, kernel_rows
 from anybit.engine.bench.model_shapes import MODELS
 from anybit.engine.config import ConfigError
 from anybit.server.cli import app
@@ -134,7 +134,7 @@ def test_tables_and_json_tell_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.gpu
 def test_every_format_is_timed_on_a_gpu() -> None:
     report = bench_kv_kernels("llama-3.2-1b", CELLS)
-    assert len(report["rows"]) == len(CELLS) * (1 + len(PAIR_FORMATS)) + len(PAIR_FORMATS) * len(SEALED_TOGETHER)
+    assert len(report["rows"]) == len(CELLS) * (1 + len(KERNEL_FORMATS)) + len(KERNEL_FORMATS) * len(SEALED_TOGETHER)
     for row in report["rows"]:
         assert row["microseconds"] > 0
     assert "flash" in report["rows"][0]["library_microseconds"]

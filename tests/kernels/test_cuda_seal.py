@@ -7,14 +7,17 @@ from anybit.kernels.attention_inputs import ExactPages
 from anybit.kernels.cuda.seal import PageSeals, can_seal, seal_pages
 from anybit.kvcache.codec.metadata import decode_linear, decode_log
 from anybit.kvcache.codec.packing import unpack_codes
-from anybit.kvcache.codec.pages import CoarseCodec, PairCodec
+from anybit.kvcache.codec.pages import UniformCodec
 from anybit.kvcache.formats import parse_format
 from anybit.kvcache.gpu_records import layer_records
 from anybit.kvcache.sealed import SealedPages
 
 pytestmark = pytest.mark.gpu
 
-FORMATS = ["qet4", "qet3", "qet2", "qet2+2", "qet2+2@2", "qet4/qet2", "qet2/qet3"]
+FORMATS = [
+    *("qet4", "qet3", "qet2", "qet2+2", "qet2+2@2", "qet4/qet2", "qet2/qet3"),
+    *("uniform8", "uniform8/qet4", "qet2/uniform8"),
+]
 LAYERS, SLOTS, PAGES, KV_HEADS = 3, 5, 7, 2
 UNTOUCHED = 7  # a byte
 CHOSEN = torch.tensor([3, 0, 4, 1]), torch.tensor([1, 6, 3, 0])
@@ -75,9 +78,9 @@ def seal_on_cpu(name, pool):
 
 def fields_of(pages, part):
     codec, records = pages.codecs[part], (pages.keys, pages.values)[part]
-    assert isinstance(codec, PairCodec | CoarseCodec)
+    bits = codec.bits if isinstance(codec, UniformCodec) else codec.table.bits
     fields = codec.layout(pages._head_dim).unpack(records[CHOSEN[1]])
-    return {**fields, "codes": unpack_codes(fields["codes"], codec.table.bits)}
+    return {**fields, "codes": unpack_codes(fields["codes"], bits)}
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -100,17 +103,21 @@ def test_records_are_those_of_the_encoder(name, head_dim):
 
 
 def check_metadata(fields, wanted, is_finite):
-    """Within a step, and what rounding does to a range."""
-    norms, wanted_norms = (decode_log(part["norms"], part["norm_range"])[is_finite] for part in (fields, wanted))
-    step = torch.exp2(wanted["norm_range"][is_finite][:, 1:].float()) - 1
-    assert bool(((norms - wanted_norms).abs() <= wanted_norms * (step + 2e-3)).all())
+    """Within a step, and what rounding does to a range. Minima do not depend on rounding: they are the same."""
+    for name, page_range in (("norms", "norm_range"), ("steps", "step_range")):
+        if name in fields:
+            sizes, wanted_sizes = (decode_log(part[name], part[page_range])[is_finite] for part in (fields, wanted))
+            step = torch.exp2(wanted[page_range][is_finite][:, 1:].float()) - 1
+            assert bool(((sizes - wanted_sizes).abs() <= wanted_sizes * (step + 2e-3)).all())
     if "mean" in fields:
         means, wanted_means = (decode_linear(part["mean"], part["mean_range"])[is_finite] for part in (fields, wanted))
         step = wanted["mean_range"][is_finite][:, 1:].float()
         assert bool(((means - wanted_means).abs() <= 1.01 * step + 2e-3 * wanted_means.abs()).all())
+    for name in {"minima", "minimum_range"} & fields.keys():
+        assert torch.equal(fields[name][is_finite], wanted[name][is_finite])
 
 
-@pytest.mark.parametrize("name", ["qet4", "qet2", "qet4/qet2"])
+@pytest.mark.parametrize("name", ["qet4", "qet2", "qet4/qet2", "uniform8", "qet2/uniform8"])
 def test_first_tokens_are_kept_and_no_other_byte_is_written(name):
     pool = own_pages(128)
     for layer, (got, expected) in enumerate(

@@ -1,6 +1,7 @@
 """The GPU's attention over sealed pages against the one in PyTorch, which is tested against sums token by token."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.cuda import sealed_attention
-from anybit.kernels.cuda.sealed_attention import PairRecords, SealedRecords, SealedTables, attend_sealed
+from anybit.kernels.cuda.sealed_attention import (
+    PairRecords,
+    SealedRecords,
+    SealedTables,
+    UniformRecords,
+    attend_sealed,
+)
 from anybit.kernels.portable.hadamard import rotation_signs, unrotate
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.pages import PairCodec
@@ -24,13 +31,18 @@ SETTINGS = [
     AttentionSettings(0.2, softcap=5.0),
 ]
 HEADS = [(9, 3, 64), (32, 8, 128), (4, 1, 256), (8, 1, 256), (24, 2, 64)]
-FORMATS = ["qet4", "qet3", "qet2", "qet2+2", "qet4/qet2"]
+FORMATS = ["qet4", "qet3", "qet2", "qet2+2", "qet4/qet2", "uniform8"]
 
 
+@functools.cache
 def levels_of(name: str) -> Tensor:
     codec = codec_of(name, for_keys=True)
     assert isinstance(codec, PairCodec)
     return codec.table.levels.half().cuda()  # type: ignore[attr-defined]
+
+
+def on_gpu(name: str, records: Tensor) -> PairRecords | UniformRecords:
+    return UniformRecords(records.cuda()) if name == "uniform8" else PairRecords(records.cuda(), levels_of(name))
 
 
 @dataclass(frozen=True)
@@ -50,14 +62,12 @@ class Case:
 
     def attended(self, signs: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         key_name, value_name = parse_format(self.name).names
-        key_levels = levels_of(key_name)
-        value_levels = key_levels if key_name == value_name else levels_of(value_name)
         out = torch.full_like(self.queries, 7.0).cuda()
         attend_sealed(
             self.queries.cuda(),
             SealedRecords(
-                PairRecords(self.sealed.keys.cuda(), key_levels),
-                PairRecords(self.sealed.values.cuda(), value_levels),
+                on_gpu(key_name, self.sealed.keys),
+                on_gpu(value_name, self.sealed.values),
                 self.sealed.exact_tokens,
                 None if signs is None else signs.cuda(),
             ),
@@ -71,7 +81,12 @@ class Case:
 
 
 def make_case(
-    name: str, lengths: list[int], heads: tuple[int, int, int], settings: AttentionSettings, new_tokens: int = 1
+    name: str,
+    lengths: list[int],
+    heads: tuple[int, int, int],
+    settings: AttentionSettings,
+    new_tokens: int = 1,
+    value_size: float = 1.0,
 ) -> Case:
     num_heads, kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(1)
@@ -89,7 +104,8 @@ def make_case(
     for index, (length, count, first_own) in enumerate(zip(lengths, counts, firsts_own, strict=True)):
         numbers = torch.Generator().manual_seed(length)
         keys, values = (
-            (torch.randn(length, kv_heads, head_dim, generator=numbers) * 2 + 1).bfloat16() for _ in range(2)
+            ((torch.randn(length, kv_heads, head_dim, generator=numbers) * 2 + 1) * size).bfloat16()
+            for size in (1.0, value_size)
         )
         whole = [part[: 64 * count].view(count, 64, kv_heads, head_dim).transpose(1, 2) for part in (keys, values)]
         pages = torch.tensor([next(ids) for _ in range(count)], dtype=torch.int64)
@@ -132,7 +148,7 @@ def test_it_is_what_the_pages_say_however_many_sequences(
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("name", ["qet4", "qet2", "qet4/qet3"])
+@pytest.mark.parametrize("name", ["qet4", "qet2", "qet4/qet3", "uniform8"])
 def test_many_tokens_attend_as_the_pages_say(
     name: str, heads: tuple[int, int, int], settings: AttentionSettings
 ) -> None:
@@ -146,11 +162,46 @@ def test_results_are_rotated_back() -> None:
     check(case.attended(signs), unrotate(case.expected(), signs))
 
 
-def test_a_sequence_has_the_same_bits_alone() -> None:
+@pytest.mark.parametrize("new_tokens", [1, 150])
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("uniform8/qet4", (32, 8, 128)),
+        ("qet3/uniform8", (32, 8, 128)),
+        ("uniform8/qet2", (9, 3, 64)),
+        ("qet2/uniform8", (4, 1, 256)),
+        ("uniform8/qet3", (8, 1, 256)),
+    ],
+)
+def test_keys_and_values_of_different_forms_go_together(
+    name: str, heads: tuple[int, int, int], settings: AttentionSettings, new_tokens: int
+) -> None:
+    case = make_case(name, [150, 1000], heads, settings, new_tokens)
+    check(case.attended(), case.expected())
+
+
+@pytest.mark.parametrize("size", [3e-4, 1e3])
+def test_small_and_large_values_are_read_from_evenly_spaced_levels(size: float) -> None:
+    case = make_case("uniform8", [70, 300], (8, 2, 128), SETTINGS[0], value_size=size)
+    case = replace(case, queries=case.queries.float())  # so that results are not rounded to half precision
+    check(case.attended(), case.expected())
+
+
+@pytest.mark.parametrize("name", ["qet4", "uniform8"])
+def test_pages_that_are_not_numbers_are_read_as_such(name: str) -> None:
+    case = make_case(name, [300], (8, 2, 128), SETTINGS[0])
+    page = case.tables.sealed[0, 2]
+    case.sealed.seal(page[None], *(torch.full((1, 2, 64, 128), torch.nan) for _ in range(2)))
+    assert bool(case.attended().isnan().all())
+
+
+@pytest.mark.parametrize("name", ["qet4", "uniform8"])
+def test_a_sequence_has_the_same_bits_alone(name: str) -> None:
     lengths = [300, 1300, 70]
-    together = make_case("qet4", lengths, (8, 2, 128), SETTINGS[0]).attended()
+    together = make_case(name, lengths, (8, 2, 128), SETTINGS[0]).attended()
     for index, length in enumerate(lengths):
-        assert torch.equal(together[index], make_case("qet4", [length], (8, 2, 128), SETTINGS[0]).attended()[0])
+        assert torch.equal(together[index], make_case(name, [length], (8, 2, 128), SETTINGS[0]).attended()[0])
 
 
 @pytest.mark.parametrize("length", [150, 9000, 17000])

@@ -7,7 +7,7 @@ from anybit.kernels import fallbacks
 from anybit.kernels.cuda import compiler
 from anybit.kernels.cuda.compiler import CompileError, cached_cubin, can_compile, compile_source
 from anybit.kernels.cuda.linear import product_constants
-from anybit.kernels.cuda.seal import PairEntries, seal_constants
+from anybit.kernels.cuda.seal import PairEntries, UniformLevels, seal_constants
 from anybit.kernels.cuda.tuning import default_tiling
 from anybit.kernels.cuda.warpgroup_linear import batch_constants, values_constants
 from anybit.kernels.cuda.warpgroup_tuning import BatchTiling, RingOperands, ValuesTiling
@@ -127,6 +127,17 @@ def test_sealing_compiles(architecture, head_dim, key_bits, value_bits, clusters
     assert compile_source("seal", architecture, dict(seal_constants(head_dim, keys, values))).startswith(ELF)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("head_dim", "keys", "values"),
+    [(64, "uniform", "uniform"), (128, "pairs", "uniform"), (256, "uniform", "pairs")],
+)
+def test_sealing_of_evenly_spaced_levels_compiles(architecture, head_dim, keys, values):
+    parts = {"uniform": UniformLevels(), "pairs": PairEntries(torch.empty(8, 2), torch.empty(1, 2))}
+    constants = dict(seal_constants(head_dim, parts[keys], parts[values]))
+    assert compile_source("seal", architecture, constants).startswith(ELF)
+
+
 def test_a_source_that_does_not_compile_says_where(monkeypatch, tmp_path):
     (tmp_path / "broken.cu").write_text("int f() { return nothing; }")
     monkeypatch.setattr(compiler, "SOURCES", tmp_path)
@@ -161,9 +172,19 @@ def test_a_cache_that_cannot_be_written_is_counted_and_does_no_harm(monkeypatch,
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("head_dim", "key_bits", "value_bits", "tile_heads"),
-    [(64, 8, 8, 4), (128, 6, 6, 8), (128, 4, 4, 4), (128, 8, 4, 8), (256, 8, 8, 4)],
+    [
+        (64, 8, 8, 4),
+        (128, 6, 6, 8),
+        (128, 4, 4, 4),
+        (128, 8, 4, 8),
+        (256, 8, 8, 4),
+        (64, 16, 4, 8),
+        (128, 16, 16, 4),
+        (256, 6, 16, 8),
+    ],
 )
 def test_attention_over_sealed_pages_compiles(architecture, head_dim, key_bits, value_bits, tile_heads):
+    """Codes of 16 bits are two evenly spaced levels."""
     defines = {"HEAD_DIM": head_dim, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "VALUE": 2}
     defines |= {"HAS_WINDOW": 1, "HAS_SOFTCAP": 1, "TILE_HEADS": tile_heads}
     for source in ("attend_sealed_pages", "attend_sealed_splits", "attend_sealed_rows"):

@@ -1,8 +1,9 @@
-// Sealed pages as `kernels/page_layout.py` lays them out: records of codes of ordered pairs, and the tables that codes point to.
+// Sealed pages as `kernels/page_layout.py` lays them out: records of codes of ordered pairs, and the tables that codes point to; or
+// of evenly spaced levels, whose codes are numbers.
 #pragma once
 #include "attention.cuh"
 
-#ifndef KEY_BITS  // of the code of a pair of neighbours: 4, 6 or 8
+#ifndef KEY_BITS  // of the code of an ordered pair of neighbours: 4, 6 or 8; or of two with evenly spaced levels: 16
 #define KEY_BITS 8
 #endif
 #ifndef VALUE_BITS
@@ -22,9 +23,18 @@ constexpr int kPairs = HEAD_DIM / 2;
 // Places in a record, in bytes.
 template <int kBits, bool kHasMean>
 struct Record {
+    static constexpr bool kIsUniform = false;
     static constexpr int kTokenBytes = kPairs * kBits / 8;
     static constexpr int kNorms = kPage * kTokenBytes, kMean = kNorms + kPage, kNormRange = kMean + (kHasMean ? HEAD_DIM : 0);
     static constexpr int kMeanRange = kNormRange + 4, kBytes = (kNormRange + (kHasMean ? 8 : 4) + 15) / 16 * 16;
+};
+// Of evenly spaced levels: keys have a minimum and a step for each channel, values for each token.
+template <bool kIsKeys>
+struct Record<16, kIsKeys> {
+    static constexpr bool kIsUniform = true;
+    static constexpr int kTokenBytes = HEAD_DIM, kRanges = kIsKeys ? HEAD_DIM : kPage;
+    static constexpr int kMinima = kPage * kTokenBytes, kSteps = kMinima + kRanges, kMinimumRange = kSteps + kRanges;
+    static constexpr int kStepRange = kMinimumRange + 4, kBytes = (kStepRange + 4 + 15) / 16 * 16;
 };
 using KeyRecord = Record<KEY_BITS, true>;
 using ValueRecord = Record<VALUE_BITS, false>;
@@ -32,7 +42,9 @@ using ValueRecord = Record<VALUE_BITS, false>;
 // Tables lie side by side in shared memory, in rows of 256 bytes: a code is the upper byte of its entry's address, and the
 // lower one belongs to the lane, which has a copy of its own (or one with another lane, where an entry is eight bytes), so that
 // no two lanes of a load meet in a bank. Rows of 4-bit codes are found by the byte: of two codes, the first lies in the lower half.
-constexpr int kTableRows = KEY_BITS == 6 && VALUE_BITS == 6 ? 64 : 256, kTableBytes = kTableRows * 256;
+__device__ constexpr int table_rows(int bits) { return bits == 16 ? 0 : bits == 6 ? 64 : 256; }
+constexpr int kTableRows = table_rows(KEY_BITS) > table_rows(VALUE_BITS) ? table_rows(KEY_BITS) : table_rows(VALUE_BITS);
+constexpr int kTableBytes = kTableRows * 256;
 
 template <int kBits, bool kIsSecond>
 struct Table {
@@ -46,7 +58,7 @@ struct Table {
     // By all threads of a block, several of `entries`, [2^kBits] pairs of half-precision numbers, at a time.
     template <int kThreads>
     static __device__ void fill(u32* tables, const u32* entries) {
-        constexpr int kChunks = (kBits == 6 ? 64 : 256) * 8, kTogether = 8;
+        constexpr int kChunks = table_rows(kBits) * 8, kTogether = 8;
         for (int first = threadIdx.x; first < kChunks; first += kTogether * kThreads) {
             u32 even[kTogether], odd[kTogether];
 #pragma unroll
@@ -75,6 +87,12 @@ struct Table {
         asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(pairs.x), "=r"(pairs.y) : "r"(base + __byte_perm(word, place, 0x5504 | index << 4)));
         return pairs;
     }
+};
+template <bool kIsSecond>
+struct Table<16, kIsSecond> {  // evenly spaced levels need none
+    __device__ explicit Table(const u32*) {}
+    template <int kThreads>
+    static __device__ void fill(u32*, const u32*) {}
 };
 using KeyTable = Table<KEY_BITS, false>;
 using ValueTable = Table<VALUE_BITS, !SAME_TABLE>;
@@ -111,21 +129,28 @@ __device__ inline void read_bytes(const u8* from, u32 (&words)[(kBytes + 3) / 4]
     }
 }
 
-// Codes of kCount neighbouring pairs of a token, read and then looked up.
+// The first or second two of four bytes as half-precision numbers, 1024 more each.
+__device__ inline u32 above_1024(u32 bytes, int half) { return __byte_perm(bytes, 0x64646464, half == 0 ? 0x4140 : 0x4342); }
+
+// Codes of kCount neighbouring pairs of a token, read and then looked up; evenly spaced levels as numbers above 1024.
 template <int kBits, int kCount>
 struct Codes {
-    static constexpr int kHighBytes = kBits == 8 ? kCount : kCount / 2, kLowBytes = kBits == 6 ? kCount / 4 : 1;
+    static constexpr int kHighBits = kBits == 6 ? 4 : kBits;
+    static constexpr int kHighBytes = kCount * kHighBits / 8, kLowBytes = kBits == 6 ? kCount / 4 : 1;
     u32 high[(kHighBytes + 3) / 4], low[(kLowBytes + 3) / 4];
 
     // `token` is where the token's codes lie, `first` the first pair, a multiple of kCount.
     template <bool kCopied>
     __device__ void read(const u8* token, int first) {
-        read_bytes<kHighBytes, kCopied>(token + first * (kBits == 8 ? 2 : 1) / 2, high);
+        read_bytes<kHighBytes, kCopied>(token + first * kHighBits / 8, high);
         if constexpr (kBits == 6) read_bytes<kLowBytes, kCopied>(token + kPairs / 2 + first / 4, low);  // a plane of the low two bits
     }
     template <bool kIsSecond>
     __device__ void look_up(const Table<kBits, kIsSecond>& table, u32 (&pairs)[kCount]) const {
-        if constexpr (kBits == 8) {
+        if constexpr (kBits == 16) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) pairs[i] = above_1024(high[i / 2], i % 2);
+        } else if constexpr (kBits == 8) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) pairs[i] = table.one(high[i / 4], i % 4);
         } else if constexpr (kBits == 4) {

@@ -1,112 +1,8 @@
-// Columns of queries and one page: as codes, or as it is being written.
+// One page: as codes, or as it is being written.
 #pragma once
-#include "sealed_problem.cuh"
+#include "sealed_scales.cuh"
 
 namespace nested {
-
-// Neighbouring numbers of a query; zeros from nowhere.
-template <int kCount>
-__device__ inline void read_values(const Value* from, float (&number)[kCount]) {
-    if constexpr (sizeof(Value) == 2) {
-        u32 words[kCount / 2] = {};
-        if (from != nullptr) read_bytes<2 * kCount>(reinterpret_cast<const u8*>(from), words);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) number[i] = to_float(reinterpret_cast<const Value*>(words)[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) number[i] = from == nullptr ? 0.f : to_float(from[i]);
-    }
-}
-
-// Eight columns of queries as B operands, each over its own largest number so that half precision holds them.
-struct ColumnQueries {
-    u32 operand[kKeySteps][2];
-    float factor[2], sum[2];  // of columns 2c and 2c + 1; the sum is that of the operands
-    int last[2], oldest[2];   // tokens that these see
-
-    // `from` and `position` are those of column g; a column that does not exist has a negative position and sees nothing.
-    __device__ void read(const SealedProblem& problem, const Value* from, int position) {
-        const int lane = threadIdx.x & 31, c = lane % 4;
-        float number[2 * kLanePairs], largest = 0.f;
-        read_values(position >= 0 ? from + 2 * kLanePairs * c : nullptr, number);
-#pragma unroll
-        for (int i = 0; i < 2 * kLanePairs; ++i) largest = fmaxf(largest, fabsf(number[i]));
-        largest = fmaxf(of_quad_max(largest), 1e-30f);
-        const float inverse = __frcp_rn(largest);
-#pragma unroll
-        for (int step = 0; step < kKeySteps; ++step)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int at = 2 * (2 * step + i);
-                operand[step][i] = halves(number[at] * inverse, number[at + 1] * inverse);
-            }
-        const float scale = HAS_SOFTCAP ? problem.scale : problem.scale * kLog2e;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            factor[i] = scale * __shfl_sync(~0u, largest, (2 * c + i) * 4);
-            last[i] = __shfl_sync(~0u, position, (2 * c + i) * 4);
-            oldest[i] = oldest_seen(problem, last[i]);
-        }
-        const u32 one = 0x3C003C00, ones[4] = {one, one, one, one};  // twice 1 each
-        float total[4] = {};
-#pragma unroll
-        for (int step = 0; step < kKeySteps; ++step) multiply_halves(total, ones, operand[step][0], operand[step][1]);
-        sum[0] = total[0], sum[1] = total[1];
-    }
-};
-
-// Sums over values. A register of codes looked up is a pair of neighbouring dimensions of one token, so it takes two steps of a
-// product: multiplied by (weight, 0) it adds to the pair's first dimension, by (0, weight) to the second. Those are two products of
-// eight columns, or one where columns c and c + 4 are those of one query (kIsNarrow).
-template <bool kIsNarrow>
-struct ValueSums {
-    static constexpr int kProducts = kIsNarrow ? 1 : 2;
-    float sums[kProducts][kValueTiles][4];  // of tile j, rows g and g + 8 are pairs g * kValuePairs + 2j and the next
-
-    __device__ void clear() {
-#pragma unroll
-        for (int product = 0; product < kProducts; ++product)
-#pragma unroll
-            for (int j = 0; j < kValueTiles; ++j) sums[product][j][0] = sums[product][j][1] = sums[product][j][2] = sums[product][j][3] = 0.f;
-    }
-    // Of column 2c + i.
-    __device__ float at(int product, int pair, int i) const { return sums[product][pair / 2][pair % 2 * 2 + i]; }
-    static __device__ int query_of(int i) {
-        const int column = threadIdx.x % 4 * 2 + i;
-        return kIsNarrow ? column % 4 : column;
-    }
-    // All numbers of the query of column 2c + i, to its [HEAD_DIM].
-    __device__ void store(int i, float* row) const {
-        float* to = row + threadIdx.x % 32 / 4 * 2 * kValuePairs;
-#pragma unroll
-        for (int pair = 0; pair < kValuePairs; ++pair) {
-            if constexpr (kIsNarrow) {
-                to[2 * pair + threadIdx.x % 4 / 2] = at(0, pair, i);
-            } else {
-                *reinterpret_cast<float2*>(to + 2 * pair) = make_float2(at(0, pair, i), at(1, pair, i));
-            }
-        }
-    }
-};
-
-// The second operand of those products: of two tokens' weights in one register, each beside a zero.
-template <bool kSecond>
-__device__ inline void spread(u32 weights, bool is_second, u32 (&operand)[2]) {
-    operand[0] = __byte_perm(weights, 0, kSecond || is_second ? 0x1044 : 0x4410);
-    operand[1] = __byte_perm(weights, 0, kSecond || is_second ? 0x3244 : 0x4432);
-}
-
-// What eight columns have attended to in one page.
-template <bool kIsNarrow>
-struct ColumnSums : ValueSums<kIsNarrow> {
-    float largest[2], norm[2];  // of columns 2c and 2c + 1; the norm is this lane's share
-
-    __device__ void clear() {
-        ValueSums<kIsNarrow>::clear();
-        largest[0] = largest[1] = kNothing;
-        norm[0] = norm[1] = 0.f;
-    }
-};
 
 template <int kCount>
 __device__ inline void read_exact(const __nv_bfloat16* from, u32 (&pairs)[kCount]) {
@@ -120,25 +16,14 @@ __device__ inline int token_of(int row) { return row % 2 * 4 + row / 2; }
 // The token of a page that is row g of half a tile.
 __device__ inline int token_in_page(int tile, int half) { return 16 * tile + 8 * half + token_of(threadIdx.x % 32 / 4); }
 
-// Norms of a page's tokens: each lane decodes two, token `lane` and the one 32 further on.
-struct PageNorms {
-    float own[2];
-
-    __device__ void read(const u8* codes, const u8* range) {
-        const int lane = threadIdx.x & 31;
-        const float2 of_page = range_at(range);
-        own[0] = norm_of(codes[lane], of_page);
-        own[1] = norm_of(codes[lane + 32], of_page);
-    }
-    __device__ float of(int token) const { return __shfl_sync(~0u, own[token / 32], token % 32); }
-};
-
 // A page's keys and values as codes; of a sequence's first page (kIsFirst) the first tokens as they are. kCopied: records lie in
 // shared memory, values in the place of `values` only when keys are done with.
 template <bool kIsFirst, bool kCopied>
 struct SealedPage {
     static constexpr bool kIsWhole = true;  // no token of it comes after a query
     static constexpr bool kReadsAhead = !kCopied;
+    // Tiles of codes that are read ahead: as many as there are registers for.
+    static constexpr int kTilesAhead = KeyRecord::kIsUniform || ValueRecord::kIsUniform ? 2 : 4;
     static __device__ constexpr bool has_tile(int) { return true; }
     using Keys = Codes<KEY_BITS, kLanePairs>;
     using Values = Codes<VALUE_BITS, kValuePairs>;
@@ -146,9 +31,9 @@ struct SealedPage {
     const __nv_bfloat16 *exact_keys, *exact_values;
     KeyTable key_table;
     ValueTable value_table;
-    PageNorms key_norms, value_norms;
+    KeyScales<KeyRecord> key_scales;
+    ValueScales<ValueRecord> value_scales;
     Keys key_codes[4][2];
-    u32 mean_codes[kLanePairs / 2];
 
     __device__ SealedPage(const SealedProblem& problem, const u32* tables, int sequence, int kv_head) : key_table(tables), value_table(tables) {
         if (kIsFirst) {
@@ -165,17 +50,18 @@ struct SealedPage {
     }
     static __device__ bool is_exact(int token) { return kIsFirst && token < FIRST_EXACT; }
 
-    __device__ void read_keys() {
-        const int c = threadIdx.x % 4;
+    // All that is known of keys before queries are.
+    __device__ void begin() {
 #pragma unroll
-        for (int tile = 0; tile < 4; ++tile)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                key_codes[tile][half].template read<kCopied>(keys + token_in_page(tile, half) * KeyRecord::kTokenBytes, c * kLanePairs);
-        read_bytes<2 * kLanePairs, kCopied>(keys + KeyRecord::kMean + c * 2 * kLanePairs, mean_codes);
-        key_norms.read(keys + KeyRecord::kNorms, keys + KeyRecord::kNormRange);
+        for (int tile = 0; tile < kTilesAhead; ++tile) read_keys(tile);
+        key_scales.template read<kCopied>(keys);
     }
-    __device__ void read_value_norms() { value_norms.read(values + ValueRecord::kNorms, values + ValueRecord::kNormRange); }
+    __device__ void read_keys(int tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            key_codes[tile][half].template read<kCopied>(keys + token_in_page(tile, half) * KeyRecord::kTokenBytes, threadIdx.x % 4 * kLanePairs);
+    }
+    __device__ void read_value_scales() { value_scales.read(values); }
     __device__ void key_pairs(int tile, int half, u32 (&pairs)[kLanePairs]) const {
         const int token = token_in_page(tile, half);
         if (is_exact(token)) {
@@ -194,36 +80,43 @@ struct SealedPage {
             codes.look_up(value_table, pairs);
         }
     }
-    __device__ float key_norm(int token) const {
-        const float norm = key_norms.of(token);
-        return is_exact(token) ? 1.f : norm;
+    __device__ float key_scale(int token) const {
+        const float scale = key_scales.of(token);
+        return is_exact(token) ? 1.f : scale;
     }
-    __device__ float value_norm(int token) const {
-        const float norm = value_norms.of(token);
-        return is_exact(token) ? 1.f : norm;
-    }
-    // What the page's mean adds to the scores of columns 2c and 2c + 1. Its codes are numbers above 1024 for the product, which
-    // the sum of the queries takes away again.
-    __device__ float2 mean_scores(const ColumnQueries& queries) const {
-        float above[4] = {};
-#pragma unroll
-        for (int step = 0; step < kKeySteps; ++step) {
-            u32 codes[4];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) codes[2 * i] = codes[2 * i + 1] = __byte_perm(mean_codes[step], 0x64646464, i == 0 ? 0x4140 : 0x4342);
-            multiply_halves(above, codes, queries.operand[step][0], queries.operand[step][1]);
+    // sum += rows `tile` of keys times the queries.
+    __device__ void multiply_tile(int tile, const u32 (&rows)[2][kLanePairs], const ColumnQueries& queries, float (&sum)[4]) const {
+        constexpr int kExact = kIsFirst && KeyRecord::kIsUniform ? FIRST_EXACT : 0;  // tokens whose queries are not those of the others
+        if (16 * tile + 16 <= kExact) {
+            multiply_keys(rows, queries.operand, sum);
+            return;
         }
-        const float2 range = range_at(keys + KeyRecord::kMeanRange);
-        float result[2];
+        multiply_keys(rows, key_scales.operand(queries), sum);
+        if (16 * tile >= kExact) return;
+        float exact[4] = {};
+        multiply_keys(rows, queries.operand, exact);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) result[i] = range.y * (above[i] - 1024.f * queries.sum[i]) + range.x * queries.sum[i];
-        return make_float2(result[0], result[1]);
+        for (int i = 0; i < 4; ++i)
+            if (is_exact(token_in_page(tile, i / 2))) sum[i] = exact[i];
+    }
+    // What channels add to the scores of columns 2c and 2c + 1.
+    __device__ float2 added_scores(const ColumnQueries& queries) { return key_scales.template scores<kCopied>(keys, queries); }
+    __device__ float value_scale(int token) const {
+        const float scale = value_scales.of(token);
+        return is_exact(token) ? value_scales.of_exact() : scale;
+    }
+    // Of one token: its weights, and these times its scale as they are multiplied.
+    __device__ void add_weights(int token, const float (&weight)[2], u32 scaled) { value_scales.add(token, is_exact(token), weight, scaled); }
+    template <bool kIsNarrow>
+    __device__ void finish(ColumnSums<kIsNarrow>& state) const {
+        value_scales.finish(state);
     }
 };
 
 // A page that is being written, up to token `written` of its sequence.
 struct OwnPage {
     static constexpr bool kIsWhole = false, kReadsAhead = true;
+    static constexpr int kTilesAhead = 4;
     struct Values {};
     const __nv_bfloat16 *keys, *values;
     int written;
@@ -235,8 +128,9 @@ struct OwnPage {
     }
     static __device__ bool is_exact(int) { return true; }
     __device__ bool has_tile(int tile) const { return 16 * tile <= written % kPage; }
-    __device__ void read_keys() {}
-    __device__ void read_value_norms() {}
+    __device__ void begin() {}
+    __device__ void read_keys(int) {}
+    __device__ void read_value_scales() {}
     __device__ void read_values(int, Values&) const {}
     __device__ void key_pairs(int tile, int half, u32 (&pairs)[kLanePairs]) const {
         read_exact(keys + token_in_page(tile, half) * HEAD_DIM + threadIdx.x % 4 * 2 * kLanePairs, pairs);
@@ -248,13 +142,19 @@ struct OwnPage {
 #pragma unroll
             for (int j = 0; j < kValuePairs; ++j) pairs[j] = 0;
     }
-    __device__ float key_norm(int) const { return 1.f; }
-    __device__ float value_norm(int) const { return 1.f; }
-    __device__ float2 mean_scores(const ColumnQueries&) const { return make_float2(0.f, 0.f); }
+    __device__ float key_scale(int) const { return 1.f; }
+    __device__ void multiply_tile(int, const u32 (&rows)[2][kLanePairs], const ColumnQueries& queries, float (&sum)[4]) const {
+        multiply_keys(rows, queries.operand, sum);
+    }
+    __device__ float2 added_scores(const ColumnQueries&) const { return make_float2(0.f, 0.f); }
+    __device__ float value_scale(int) const { return 1.f; }
+    __device__ void add_weights(int, const float (&)[2], u32) {}
+    template <bool kIsNarrow>
+    __device__ void finish(ColumnSums<kIsNarrow>&) const {}
 };
 
-// The tokens of one page, of which `first_token` is the first, as far as the queries see them. Its keys are read before; `halfway`
-// is called when they are done with.
+// The tokens of one page that has begun, of which `first_token` is the first, as far as the queries see them. `halfway` is called
+// when keys are done with.
 template <bool kIsNarrow, class Page, class Halfway>
 __device__ inline void attend_page(const SealedProblem& problem, const ColumnQueries& queries, Page& page, int first_token,
                                    ColumnSums<kIsNarrow>& state, Halfway halfway) {
@@ -265,9 +165,9 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
 #pragma unroll
         for (int i = 0; i < 4; ++i) page.read_values(16 * step + i / 2 * 8 + token_of(2 * c + i % 2), values[step][i]);
     };
-    if (Page::kReadsAhead) page.read_value_norms();
-    const float2 means = page.mean_scores(queries);
-    const float mean[2] = {means.x, means.y};
+    if (Page::kReadsAhead) page.read_value_scales();
+    const float2 all_added = page.added_scores(queries);
+    const float added[2] = {all_added.x, all_added.y};
     float score[4][4];
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
@@ -280,20 +180,20 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         u32 rows[2][kLanePairs];
 #pragma unroll
         for (int half = 0; half < 2; ++half) page.key_pairs(tile, half, rows[half]);
-        if (Page::kReadsAhead) read_values(tile);  // the values' codes take the registers of the keys'
-#pragma unroll
-        for (int step = 0; step < kKeySteps; ++step) {
-            const u32 operand[4] = {rows[0][2 * step], rows[1][2 * step], rows[0][2 * step + 1], rows[1][2 * step + 1]};
-            multiply_halves(sum, operand, queries.operand[step][0], queries.operand[step][1]);
+        if (tile + Page::kTilesAhead < 4) {
+            page.read_keys(tile + Page::kTilesAhead);
+        } else if (Page::kReadsAhead) {
+            read_values(tile + Page::kTilesAhead - 4);  // the values' codes take the registers of the keys'
         }
+        page.multiply_tile(tile, rows, queries, sum);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int in_page = token_in_page(tile, half), token = first_token + in_page;
-            const float norm = page.key_norm(in_page);
+            const float scale = page.key_scale(in_page);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float& s = sum[2 * half + i];
-                s = (__fmul_rn(s, norm) + (Page::is_exact(in_page) ? 0.f : mean[i])) * queries.factor[i];
+                s = (__fmul_rn(s, scale) + (Page::is_exact(in_page) ? 0.f : added[i])) * queries.factor[i];
                 if (HAS_SOFTCAP) s = problem.softcap * tanhf(s / problem.softcap) * kLog2e;
                 if ((!Page::kIsWhole && token > queries.last[i]) || (HAS_WINDOW && token < queries.oldest[i])) s = kNothing;
                 state.largest[i] = fmaxf(state.largest[i], s);
@@ -301,7 +201,7 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         }
     }
     halfway();
-    if (!Page::kReadsAhead) page.read_value_norms();
+    if (!Page::kReadsAhead) page.read_value_scales();
     float reference[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -314,15 +214,17 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
         if (!Page::kReadsAhead) read_values(step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float norm = page.value_norm(token_in_page(step, half));
-            float weight[2];
+            const int in_page = token_in_page(step, half);
+            const float scale = page.value_scale(in_page);
+            float weight[2], scaled[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 weight[i] = power_of_two(score[step][2 * half + i] - reference[i]);
                 state.norm[i] += weight[i];
-                weight[i] *= norm;
+                scaled[i] = weight[i] * scale;
             }
-            const u32 weights = transposed(halves(weight[0], weight[1]));
+            const u32 rounded = halves(scaled[0], scaled[1]), weights = transposed(rounded);
+            page.add_weights(in_page, weight, rounded);
             u32 pairs[2][kValuePairs];
 #pragma unroll
             for (int i = 0; i < 2; ++i) page.value_pairs(16 * step + 8 * half + token_of(2 * c + i), values[step][2 * half + i], pairs[i]);
@@ -336,7 +238,9 @@ __device__ inline void attend_page(const SealedProblem& problem, const ColumnQue
                 if constexpr (!kIsNarrow) multiply_halves(state.sums[1][j], operand, second[0], second[1]);
             }
         }
+        if (Page::kReadsAhead && step + Page::kTilesAhead < 4) read_values(step + Page::kTilesAhead);
     }
+    page.finish(state);
 }
 
 // A page of a sequence before the queries' own, where it lies. `read_queries` is called when its keys are under way.
@@ -345,7 +249,7 @@ __device__ inline void attend_records(const SealedProblem& problem, const u32* t
                                       ColumnSums<kIsNarrow>& state, ReadQueries read_queries, Halfway halfway) {
     SealedPage<kIsFirst, false> sealed(problem, tables, sequence, kv_head);
     sealed.find(problem, sequence, kv_head, page);
-    sealed.read_keys();
+    sealed.begin();
     const ColumnQueries& queries = read_queries();
     attend_page(problem, queries, sealed, page * kPage, state, halfway);
 }
@@ -364,7 +268,7 @@ __device__ inline void attend_records_of(Stream& stream, const SealedProblem& pr
                                          int sequence, int kv_head, int page, ColumnSums<kIsNarrow>& state) {
     SealedPage<kIsFirst, true> sealed(problem, tables, sequence, kv_head);
     sealed.keys = stream.wait_for_record();
-    sealed.read_keys();
+    sealed.begin();
     attend_page(problem, queries, sealed, page * kPage, state, [&] {
         stream.done();
         sealed.values = stream.wait_for_record();

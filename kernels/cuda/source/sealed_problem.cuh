@@ -3,7 +3,7 @@
 //
 // The product of keys and queries has tokens as rows and columns of eight (new tokens' heads) as columns, that of values has pairs
 // of dimensions as rows and two of its steps for each token (ValueSums). Norms multiply scores and weights, a page's mean is one
-// more row of keys.
+// more row of keys. Evenly spaced levels are multiplied as they are, by queries and weights times their steps (sealed_scales.cuh).
 //
 // Each page is attended to for itself. Pages are merged in their order to splits of kSealedSplit, splits in their order to the
 // result, the own page last. A warp takes a page and a block a split where few sequences have one token each
