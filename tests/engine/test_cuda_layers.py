@@ -75,7 +75,7 @@ def test_the_gpu_reads_sealed_pages_as_the_cpu_does(checkpoint, decoder, kv_form
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kv_format", ["qet4", "qet2"])
+@pytest.mark.parametrize("kv_format", ["qet4", "qet2", "uniform8"])
 def test_chunks_change_no_bit_of_what_follows_sealed_pages(decoder, kv_format):
     alone = cached_logits(decoder, TOKENS, 120, 4, kv_format)
     for prompt in (1, 64, 77, 150):

@@ -204,21 +204,21 @@ def test_a_sequence_has_the_same_bits_alone(name: str) -> None:
         assert torch.equal(together[index], make_case(name, [length], (8, 2, 128), SETTINGS[0]).attended()[0])
 
 
-@pytest.mark.parametrize("length", [150, 9000, 17000])
+@pytest.mark.parametrize(("name", "length"), [("qet4", 150), ("qet4", 9000), ("qet4", 17000), ("uniform8", 1000)])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 128)], ids=str)
 def test_a_token_has_the_same_bits_among_many(
-    heads: tuple[int, int, int], settings: AttentionSettings, length: int
+    heads: tuple[int, int, int], settings: AttentionSettings, name: str, length: int
 ) -> None:
     signs = rotation_signs(heads[2])
-    many = make_case("qet4", [length], heads, settings, new_tokens=150).attended(signs)
+    many = make_case(name, [length], heads, settings, new_tokens=150).attended(signs)
     for later in (0, 1, 70, 149):
-        case = make_case("qet4", [length], heads, settings, new_tokens=150)
+        case = make_case(name, [length], heads, settings, new_tokens=150)
         position = case.positions[:, 149 - later : 150 - later]
         own = case.tables.own[:, position[0] // 64 - case.tables.first_own]
         tables = PageTables(case.tables.sealed, case.tables.first, own, position[0] // 64)
         alone = Case(
-            case.sealed, case.own, tables, position, case.queries[:, 149 - later : 150 - later], "qet4", settings
+            case.sealed, case.own, tables, position, case.queries[:, 149 - later : 150 - later], name, settings
         )
         assert torch.equal(alone.attended(signs)[0, 0], many[0, 149 - later])
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from anybit.kernels.attention_inputs import ExactPages
-from anybit.kvcache.gpu_records import layer_records
+from anybit.kvcache.codec.balance import PageBasis
+from anybit.kvcache.formats import parse_format
+from anybit.kvcache.gpu_records import has_kernels, layer_records, sealed_records
 from anybit.kvcache.pool import KVPool
 from anybit.kvcache.sealed import SealedPages
 from anybit.kvcache.sealed_pool import SealedPool, Seals
@@ -66,6 +68,14 @@ def test_own_pages_that_the_kernel_does_not_read_are_sealed_too():
         on_cpu.seal_layer(layer, exact, seals("cpu"))
         on_gpu.seal_layer(layer, ExactPages(exact.keys.cuda(), exact.values.cuda()), seals("cuda"))
     check(on_gpu.layers, on_cpu.layers)
+
+
+@pytest.mark.parametrize("name", ["qet4", "qet2+2@2", "uniform8", "uniform8/qet4", "uniform4", "qet4/uniform2"])
+def test_pages_are_described_where_keys_and_values_have_kernels(name):
+    names = parse_format(name).names
+    records = sealed_records(SealedPages(parse_format(name), 1, 1, 64), PageBasis(64))
+    assert (records is not None) == all(has_kernels(part) for part in names)
+    assert has_kernels(names[1]) == (names[1] not in ("uniform4", "uniform2"))
 
 
 @pytest.mark.parametrize("name", ["qet4", "uniform8"])
