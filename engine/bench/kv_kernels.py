@@ -3,6 +3,7 @@
 import functools
 import math
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ LIBRARY = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENT
 
 _ROTATION_BYTES = 160 << 20  # read before anything is read again: far more than an L2 cache holds
 _REPLAYS = 15
+_ROUNDS = 3  # in which formats and library take turns: a single reading may be a quarter off
 _DIFFERENT_PAGES = 64  # of random numbers, from which all sealed ones are made
 
 Call = Callable[[], object]
@@ -201,14 +203,13 @@ def kernel_rows(
     progress(done, total)
     for batch, context in cells:
         try:
-            library = timer.pytorch_attention(batch, context)
-            add(_attention_row(OWN_FORMAT, batch, context, timer.exact_attention(batch, context), library))
-            for name in kv_formats:
-                add(_attention_row(name, batch, context, timer.sealed_attention(name, batch, context), library))
+            library, seconds = _cell_seconds(timer, batch, context, kv_formats)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"The cell {batch}x{context} takes more memory than the GPU has free; name smaller ones with --cells."
             ) from None
+        for name, of_format in seconds.items():
+            add(_row("attention", name, batch, context, of_format, library))
         torch.cuda.empty_cache()
     for name in kv_formats:
         for pages in SEALED_TOGETHER:
@@ -216,10 +217,20 @@ def kernel_rows(
     return rows
 
 
-def _attention_row(
-    kv_format: str, batch: int, context: int, seconds: float, library: dict[str, float]
-) -> dict[str, Any]:
-    return _row("attention", kv_format, batch, context, seconds, library)
+def _cell_seconds(
+    timer: KernelTimer, batch: int, context: int, kv_formats: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of attention, by the library's kernels and by AnyBit's for bf16 and each format: medians of rounds."""
+    library: dict[str, list[float]] = {}
+    own: dict[str, list[float]] = {}
+    for _ in range(_ROUNDS):
+        for name, seconds in timer.pytorch_attention(batch, context).items():
+            library.setdefault(name, []).append(seconds)
+        own.setdefault(OWN_FORMAT, []).append(timer.exact_attention(batch, context))
+        for name in kv_formats:
+            own.setdefault(name, []).append(timer.sealed_attention(name, batch, context))
+    of_library, of_own = ({name: statistics.median(part) for name, part in times.items()} for times in (library, own))
+    return of_library, of_own
 
 
 def _row(
