@@ -93,9 +93,8 @@ class CudaAttention:
         if not _is_by_row(group.row_ids, q):
             return None
         self._seal(part, rows)
-        return attend_sealed_splits(
-            q[:, None], part.records, self._own, _tables(group), group.positions, self._heads.settings
-        )
+        arguments = (q[:, None], part.records, self._own, _tables(group), group.positions, self._heads.settings)
+        return attend_sealed_splits(*arguments, just_sealed=rows.seals is not None)
 
     def __call__(self, q: Tensor, plan: BatchPlan) -> Tensor:
         """What `queries` has returned -> [rows, heads, head_dim], in the model's basis. Full pages are sealed first."""
@@ -109,7 +108,7 @@ class CudaAttention:
             part = self._sealed[rows.kv_format]
             self._seal(part, rows)
             for sealed_group in rows.groups:
-                self._attend_sealed(q, part, sealed_group, attended)
+                self._attend_sealed(q, part, sealed_group, attended, rows.seals is not None)
         return attended
 
     def _exact_splits(self, q: Tensor, group: AttentionGroup) -> SplitAttention:
@@ -127,7 +126,9 @@ class CudaAttention:
         if rows.seals is not None:
             part.pool.seal_layer(self._layer, self._own, rows.seals)
 
-    def _attend_sealed(self, q: Tensor, part: _SealedPart, group: SealedGroup, attended: Tensor) -> None:
+    def _attend_sealed(
+        self, q: Tensor, part: _SealedPart, group: SealedGroup, attended: Tensor, just_sealed: bool
+    ) -> None:
         by_row = _is_by_row(group.row_ids, q)
         queries = q[:, None] if by_row else q[group.row_ids]
         settings = self._heads.settings
@@ -137,7 +138,8 @@ class CudaAttention:
             attended[group.row_ids] = basis.restored_values(result).to(q.dtype)
             return
         result = attended[:, None] if by_row else torch.empty_like(queries)
-        attend_sealed(queries, part.records, self._own, _tables(group), group.positions, settings, result)
+        tables, positions = _tables(group), group.positions
+        attend_sealed(queries, part.records, self._own, tables, positions, settings, result, just_sealed)
         if not by_row:
             attended[group.row_ids] = result
 

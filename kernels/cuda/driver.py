@@ -52,9 +52,17 @@ class Kernel:
     overlaps: bool  # may begin before what precedes it in the stream has ended
 
     def launch(
-        self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument], shared_bytes: int = 0
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: Sequence[Argument],
+        shared_bytes: int = 0,
+        may_overlap: bool = True,
     ) -> None:
-        """On PyTorch's current stream. Arguments are ctypes values in the order of the kernel's parameters."""
+        """On PyTorch's current stream. Arguments are ctypes values in the order of the kernel's parameters.
+
+        `may_overlap` False: it does not begin before what precedes it has ended, even if it could.
+        """
         if self.function is None:
             return
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
@@ -66,7 +74,7 @@ class Kernel:
             shared_bytes,
             torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(attribute),
-            int(self.overlaps),
+            int(self.overlaps and may_overlap),
         )
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 

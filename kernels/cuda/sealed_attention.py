@@ -121,15 +121,17 @@ def attend_sealed(
     positions: Tensor,
     settings: AttentionSettings,
     out: Tensor,
+    just_sealed: bool = False,
 ) -> None:
     """Attend from new tokens whose keys and values are in their own pages already, and from full pages sealed before.
 
     q [seqs, tokens, heads, head_dim] in the basis of the pages; `own` are pages in bfloat16; positions int64 [seqs, tokens],
     in order. Of a sequence with one token at a negative position, the row of `out`, which is like q but in the model's
-    basis, is left as it is. All but tables contiguous. Waits for nothing and allocates by shapes alone.
+    basis, is left as it is. All but tables contiguous. `just_sealed`: pages may have been sealed by the launch before this,
+    so they are not read ahead. Waits for nothing and allocates by shapes alone.
     """
     if q.shape[1] == 1:
-        attend_sealed_splits(q, pages, own, tables, positions, settings).merged(out)
+        attend_sealed_splits(q, pages, own, tables, positions, settings, just_sealed).merged(out)
         return
     _, _, heads, head_dim = q.shape
     problem = _problem(q, pages, own, tables, positions, settings)
@@ -153,6 +155,7 @@ def attend_sealed_splits(
     tables: SealedTables,
     positions: Tensor,
     settings: AttentionSettings,
+    just_sealed: bool = False,
 ) -> SplitAttention:
     """`attend_sealed` of one token a sequence, to be merged."""
     sequences, _, heads, head_dim = q.shape
@@ -168,14 +171,15 @@ def attend_sealed_splits(
     if sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS:
         shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim))
         kernel = load_kernel("attend_sealed_pages", "attend_sealed_pages", defined(**constants), shared_bytes)
-        kernel.launch((splits, tiles, sequences), 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
+        grid, warps, counts = (splits, tiles, sequences), _SPLIT_PAGES, [splits]
     else:
         warps = _stream_warps(pages, head_dim, q.device)
         shared_bytes = _table_bytes(pages) + warps * _ring_bytes(pages)
         stream = defined(**constants, STREAM_WARPS=warps, STREAM_SLOTS=_STREAM_SLOTS)
         kernel = load_kernel("attend_sealed_splits", "attend_sealed_splits", stream, shared_bytes)
         grid = (min(num_multiprocessors(q.device), sequences * splits * tiles), 1, 1)
-        kernel.launch(grid, 32 * warps, [problem, *integers(sequences, splits, tiles)], shared_bytes)
+        counts = [sequences, splits, tiles]
+    kernel.launch(grid, 32 * warps, [problem, *integers(*counts)], shared_bytes, may_overlap=not just_sealed)
     # A thread a dimension of a head, or of as many heads as a product's tile has columns.
     columns = max(head_dim, TILE_COLUMNS)
     merge = Merge("merge_sealed", "merge_sealed", "merge_sealed_prepare", columns, sequences=1, threads=columns)
