@@ -168,12 +168,13 @@ def attend_sealed_splits(
     group = heads // problem.kv_heads
     constants["TILE_HEADS"] = tile_heads = _NARROW if group <= _NARROW else _COLUMNS
     tiles = problem.kv_heads * -(-group // tile_heads)
-    if sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS:
+    warps = _stream_warps(pages, head_dim, q.device)
+    # A GPU may lack the shared memory for a single warp's ring.
+    if warps == 0 or sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS:
         shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim))
         kernel = load_kernel("attend_sealed_pages", "attend_sealed_pages", defined(**constants), shared_bytes)
         grid, warps, counts = (splits, tiles, sequences), _SPLIT_PAGES, [splits]
     else:
-        warps = _stream_warps(pages, head_dim, q.device)
         shared_bytes = _table_bytes(pages) + warps * _ring_bytes(pages)
         stream = defined(**constants, STREAM_WARPS=warps, STREAM_SLOTS=_STREAM_SLOTS)
         kernel = load_kernel("attend_sealed_splits", "attend_sealed_splits", stream, shared_bytes)
@@ -267,7 +268,7 @@ def _ring_bytes(pages: SealedRecords) -> int:
 
 
 def _stream_warps(pages: SealedRecords, head_dim: int, device: torch.device) -> int:
-    """Of a block that has a multiprocessor to itself. Those that memory keeps waiting are better few."""
+    """Of a block that has a multiprocessor to itself: as many as have room, and few where memory keeps them waiting."""
     room = max_shared_bytes(device) - _STATIC_SHARED_BYTES - _table_bytes(pages)
     best = 12 if max(pages.keys.code_bits, pages.values.code_bits) < 8 and head_dim <= 128 else 8
     return min(best, room // _ring_bytes(pages))

@@ -31,6 +31,12 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 LARGEST_ERROR = 2e-4  # of a row's norm: fixed point activations, and float32 sums
 
 
+@pytest.fixture(scope="module")
+def warpgroups():
+    if not has_warpgroups(torch.device("cuda", 0)):
+        pytest.skip("This GPU has no warpgroup products.")  # and so none of its products goes through them
+
+
 def on_gpu(weight: NestedWeight) -> NestedWeight:
     return replace(
         weight,
@@ -112,12 +118,11 @@ def test_every_tiling_gives_the_same_bits(width, tokens):
     assert_near_oracle(results[0], x, weight, width)
 
 
+@pytest.mark.usefixtures("warpgroups")
 @pytest.mark.parametrize("width", layout.BIT_WIDTHS)
 @pytest.mark.parametrize("shape", [(500, 2048, 128), (70, 576, 64), (9000, 512, 32), (200, 4096, 64)], ids=str)
 def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
     rows, columns, group_size = shape
-    if not has_warpgroups(torch.device("cuda", 0)):
-        pytest.skip("This GPU has no warpgroup products.")  # and so none of its products goes through them
     served, bias = fragments.pack(on_gpu(random_nested(*shape))), normal(rows, seed=3).cuda()
     segments = num_segments(rows, columns)
     for tokens in (3, 17, 64, 100):
@@ -132,14 +137,13 @@ def test_products_of_warpgroups_have_the_bits_of_few_rows(shape, width):
             assert torch.equal(y, expected), (tokens, fields)
 
 
+@pytest.mark.usefixtures("warpgroups")
 @pytest.mark.parametrize("width", layout.BIT_WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(500, 2048, 128), (70, 576, 64), (9000, 512, 32), (200, 4096, 64)], ids=str)
 def test_products_of_values_are_near_the_oracle(shape, dtype, width):
     """Within what rounding the weight, and at 6 and 8 bits a sum before it, to the values' type leaves."""
     rows, columns, group_size = shape
-    if not has_warpgroups(torch.device("cuda", 0)):
-        pytest.skip("This GPU has no warpgroup products.")  # and so none of its products goes through them
     weight, bias = random_nested(*shape), normal(rows, seed=3)
     served = fragments.pack(on_gpu(weight))
     levels = reference.dequantize(weight, width)
@@ -222,6 +226,7 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
             assert torch.equal(y[part], alone)
 
 
+@pytest.mark.usefixtures("warpgroups")
 @pytest.mark.parametrize("widths", [(2, 4, 8), (3,), (2, 3), (3, 6), (4, 6, 8), layout.BIT_WIDTHS])
 @pytest.mark.parametrize(
     ("rows", "columns", "group_size"),
@@ -230,8 +235,6 @@ def test_rows_of_several_widths_in_one_launch_are_what_they_are_alone(widths, ro
 def test_values_of_several_widths_are_near_the_oracle_and_do_not_depend_on_one_another(
     widths, rows, columns, group_size
 ):
-    if not has_warpgroups(torch.device("cuda")):
-        pytest.skip("This GPU has no warpgroup products.")  # and so none of its products goes through them
     weight = random_nested(rows, columns, group_size)
     served, bias = fragments.pack(on_gpu(weight)), normal(rows, seed=5)
 

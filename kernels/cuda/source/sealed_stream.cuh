@@ -81,9 +81,9 @@ struct RecordStream {
     RecordRing ring;
     int sequences, splits, tiles, next_item, next_page = 0, end = 0;
     bool values_next = false;
-    const long long* ids;
-    long long id;  // of the page that is requested next
-    int kv_head;
+    const long long* ids = nullptr;
+    long long id = 0;  // of the page that is requested next
+    int kv_head = 0;
 
     __device__ RecordStream(const SealedProblem& problem, RecordRing ring, int sequences, int splits, int tiles)
         : problem(problem), ring(ring), sequences(sequences), splits(splits), tiles(tiles), next_item(first_item() - num_warps()) {
