@@ -21,6 +21,7 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._special_token_ids = special_token_ids
         self._pending: list[int] = []  # tokens without text so far
+        self._pending_text = ""  # of the context and these, as last read
         for num_tokens in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _UNFINISHED_TOKENS + 1):
             self._remember(prompt_token_ids[-num_tokens:])
             if not self._context_text.endswith(_REPLACEMENT):
@@ -34,8 +35,10 @@ class IncrementalDecoder:
         if token_id in self._special_token_ids or self._tokenizer.id_to_token(token_id) is None:
             return ""  # without text, also in the middle of a character
         self._pending.append(token_id)
-        text = self._decode(self._context + self._pending)
-        if not text.endswith(_REPLACEMENT):
+        text, before = self._decode(self._context + self._pending), self._pending_text
+        self._pending_text = text
+        # Single bytes have a replacement character each until they are whole: fewer than before are one that was meant.
+        if not text.endswith(_REPLACEMENT) or len(text) < len(before):
             return self._advance(len(self._pending), text)
         return self._release_broken(text) if len(self._pending) >= _MAX_PENDING_TOKENS else ""
 
@@ -62,6 +65,7 @@ class IncrementalDecoder:
         known = text.startswith(self._context_text)
         new = text[len(self._context_text) :] if known else self._decode(done)
         self._remember(done)
+        self._pending_text = self._decode(self._context + self._pending) if self._pending else ""
         return new
 
     def _remember(self, context: list[int]) -> None:

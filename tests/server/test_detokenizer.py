@@ -108,6 +108,13 @@ def test_broken_bytes_after_whole_ones_do_not_disturb_byte_fallback():
     assert "".join(decode_in_steps(FALLBACK, ids)) == "你\ufffda"
 
 
+def test_replacement_characters_that_are_meant_appear_at_once():
+    text = "a" + "\ufffd" * 6 + "é"
+    pieces = decode_in_steps(FALLBACK, FALLBACK.encode(text).ids)
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece] == list(text)
+
+
 @settings(max_examples=150, deadline=None)
 @given(some_ids)
 def test_steps_give_the_text_of_the_whole(ids):
