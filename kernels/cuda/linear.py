@@ -207,6 +207,7 @@ def product_constants(
         "CLUSTER": tiling.cluster,
         "SEGMENTS": tiling.segments,
         "DEPTH": tiling.depth,
+        "MIN_BLOCKS": tiling.min_blocks,
     }
 
 

@@ -20,7 +20,8 @@ _SAME_CHIP = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # with other memory
 class Tiling:
     """Constants of `source/linear_decode.cu`.
 
-    `segments` decides the order of sums, so it must be the same for all widths and batches of a shape.
+    `segments` decides the order of sums, so it must be the same for all widths and batches of a shape. `min_blocks` is how
+    many a multiprocessor is to have registers for.
     """
 
     row_tiles: int
@@ -29,6 +30,7 @@ class Tiling:
     cluster: int
     depth: int
     segments: int
+    min_blocks: int = 1
 
     @property
     def threads(self) -> int:

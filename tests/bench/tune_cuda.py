@@ -1,6 +1,6 @@
 """Finds the fastest tilings of the GPU's products on this machine, and writes them to kernels/cuda/tuned.json.
 
-    python tests/bench/tune_cuda.py [--shapes 4096x4096,28672x4096] [--token-tiles 1,2] [--json OUT]
+    python tests/bench/tune_cuda.py [--shapes 4096x4096,28672x4096] [--bit-width 2,4] [--token-tiles 1,2] [--json OUT]
 
 All candidates are compiled first, on all cores; then each is timed in a CUDA graph, weights rotating past the L2 cache.
 """
@@ -11,7 +11,7 @@ import json
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ MIN_BLOCKS, MAX_BLOCKS, MIN_WARPS = 100, 300, 132 * 6
 def candidates(shape: Shape, bit_width: int, token_tiles: int) -> Iterator[Tiling]:
     row_tiles = -(-shape.out_features // fragments.TILE_ROWS)
     segments = num_segments(shape.out_features, shape.in_features)
-    options = itertools.product((1, 2), (1, 2, 3, 4, 6, 7, 14), (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3))
+    # Clusters pay for long passes alone.
+    clusters = (1, 2, 4, 8) if token_tiles > 4 else (1,)
+    options = itertools.product((1, 2), (1, 2, 3, 4, 6, 7, 14), (1, 2, 4, 8, 16), clusters, (1, 2, 3))
     for tiles, warps, columns, cluster, depth in options:
         tiling = Tiling(tiles, warps, columns, cluster, depth, segments)
         if segments % (columns * cluster) or not 4 <= warps * columns <= MAX_WARPS:
@@ -58,6 +60,12 @@ def candidates(shape: Shape, bit_width: int, token_tiles: int) -> Iterator[Tilin
         if registers > 255 or registers * tiling.threads > REGISTERS:
             continue
         yield tiling
+        if tiling.threads == 256 and token_tiles <= 4:
+            yield replace(tiling, min_blocks=3 if token_tiles == 1 else 2)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def compile_one(constants: tuple[str, dict[str, int]]) -> None:
@@ -68,12 +76,13 @@ def compile_one(constants: tuple[str, dict[str, int]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="llama-3-8b")
-    parser.add_argument("--token-tiles", type=lambda text: tuple(map(int, text.split(","))), default=tuple(TOKENS))
+    parser.add_argument("--bit-width", type=integers, default=layout.BIT_WIDTHS)
+    parser.add_argument("--token-tiles", type=integers, default=tuple(TOKENS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     shapes = parse_shapes(arguments.shapes)
     cells = [
-        (shape, width, tiles) for shape in shapes for width in layout.BIT_WIDTHS for tiles in arguments.token_tiles
+        (shape, width, tiles) for shape in shapes for width in arguments.bit_width for tiles in arguments.token_tiles
     ]
     target = architecture(torch.cuda.get_device_capability())
     jobs = [

@@ -12,23 +12,26 @@ namespace nested {
 constexpr float kLargest = 127 * 128 + 63;
 constexpr float kSmallestStep = 1.17549435e-38f;
 
+// What the lanes of a group, which are neighbours, have together.
+template <class Number, class Pair, class Warp>
+__device__ inline Number of_group(Number own, Pair of_pair, Warp of_warp) {
+    if (GROUP == 128) return of_warp(own);
+#pragma unroll
+    for (int distance = GROUP / 8; distance > 0; distance /= 2) own = of_pair(own, __shfl_xor_sync(~0u, own, distance));
+    return own;
+}
+
 // A warp's 128 columns of one slot, a lane's four neighbours in `value`; not-a-number for a group that is not finite.
 __device__ inline void store_digits(const float (&value)[4], int slot, int tile, int tiles, int slots, int pass_tiles, u32* digits,
                                     float2* scales) {
     const int lane = threadIdx.x & 31;
-    float largest = 0.f;
-    bool finite = true;
+    // Of numbers without a sign, bits are in the order of what they mean; infinity and not-a-number come last.
+    u32 largest = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        largest = fmaxf(largest, fabsf(value[i]));
-        finite = finite && isfinite(value[i]);
-    }
-#pragma unroll
-    for (int distance = GROUP / 8; distance > 0; distance /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-        finite = __shfl_xor_sync(~0u, (int)finite, distance) && finite;
-    }
-    const float step = finite ? fmaxf(largest / kLargest, kSmallestStep) : __int_as_float(0x7fffffff);
+    for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(fabsf(value[i])));
+    largest = of_group(largest, [](u32 a, u32 b) { return max(a, b); }, [](u32 all) { return __reduce_max_sync(~0u, all); });
+    const bool finite = largest < 0x7f800000;
+    const float step = finite ? fmaxf(__uint_as_float(largest) / kLargest, kSmallestStep) : __int_as_float(0x7fffffff);
 
     u32 high = 0, low = 0;
     int sum = 0;
@@ -40,8 +43,7 @@ __device__ inline void store_digits(const float (&value)[4], int slot, int tile,
         low |= (u32)(u8)d0 << (8 * i);
         sum += q;
     }
-#pragma unroll
-    for (int distance = GROUP / 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    sum = of_group(sum, [](int a, int b) { return a + b; }, [](int all) { return __reduce_add_sync(~0u, all); });
 
     const int in_tile = slot % kTokens, in_step = lane / 8, half = lane % 8 / 4, quad = lane % 4;
     const int token_tile = slot / kTokens, pass = token_tile / pass_tiles;

@@ -22,6 +22,9 @@
 #ifndef DEPTH  // tiles of weights that are requested ahead
 #define DEPTH 2
 #endif
+#ifndef MIN_BLOCKS  // that a multiprocessor is to have registers for
+#define MIN_BLOCKS 1
+#endif
 
 using namespace nested;
 
@@ -32,11 +35,11 @@ static_assert(SEGMENTS % (COLUMN_WARPS * CLUSTER) == 0, "a warp takes whole segm
 // A grid of (blocks of a cluster, passes of TOKEN_TILES n-tiles, groups of rows); the passes over the same rows run side by side
 // and find the weights in the cache. Digits and scales are as digits.cuh says. `row_widths` is read where WIDTHS is defined,
 // and where OWN_PASSES is: then passes of other widths are left alone. Rows of an n-tile, or of a pass, have one width.
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-nested_linear_decode(ServedWeight weight, const long long* row_widths, const uint2* digits, const float2* scales,
+nested_linear_decode(ServedWeight weight, const long long* row_widths, const uint4* digits, const float2* scales,
                      const float* bias, Value* y, int tokens, int slots, int rows, int row_tiles, int tiles_k) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % COLUMN_WARPS;
     const int row_tile = (blockIdx.z * ROW_WARPS + warp / COLUMN_WARPS) * ROW_TILES;
@@ -76,7 +79,7 @@ nested_linear_decode(ServedWeight weight, const long long* row_widths, const uin
         for (int q = 0; q < TOKEN_TILES; ++q) widths.of[q] = (int)row_widths[first_token + q * kTokens];
 #endif
         wait_for_inputs();
-        digits += (size_t)blockIdx.y * TOKEN_TILES * tiles_k * 128;
+        digits += (size_t)blockIdx.y * TOKEN_TILES * tiles_k * 64;
         scales += first_token;
         int segment = 0, segment_end = border(first_segment + 1);
         for (int k0 = first; k0 < last; k0 += DEPTH) {

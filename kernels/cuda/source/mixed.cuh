@@ -57,9 +57,10 @@ __device__ inline void multiply_if(bool condition, int* sum, const u32* codes, u
 }
 
 // All groups of one tile of columns, added to out.
-__device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint2* digits, const float2* scales,
+__device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint4* digits, const float2* scales,
                                 int slots, bool has_token, Widths widths, float (&out)[ROW_TILES][TOKEN_TILES][2]) {
     const int lane = threadIdx.x & 31;
+    uint4 x[TOKEN_TILES];  // of two steps
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
         int high[ROW_TILES][TOKEN_TILES][4], low[kHasLow ? ROW_TILES : 1][TOKEN_TILES][4];
@@ -69,28 +70,27 @@ __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles
             for (int q = 0; q < TOKEN_TILES; ++q)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    high[r][q][i] = kMagic;
-                    if (kHasLow) low[r][q][i] = kMagic;
+                    high[r][q][i] = 0;
+                    if (kHasLow) low[r][q][i] = 0;
                 }
 #pragma unroll
         for (int s = 0; s < kStepsOfGroup; ++s) {
             const int step = group * kStepsOfGroup + s;
-            uint2 x[TOKEN_TILES];
 #pragma unroll
             for (int q = 0; q < TOKEN_TILES; ++q)
-                x[q] = has_token ? digits[((((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane) * 2 + step % 2]
-                                 : make_uint2(0, 0);
+                if (step % 2 == 0)
+                    x[q] = has_token ? digits[(((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane] : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int r = 0; r < ROW_TILES; ++r) {
                 const StepCodes codes(tiles[r].codes, step);
 #pragma unroll
                 for (int q = 0; q < TOKEN_TILES; ++q) {
                     const int width = widths.of[q];
-                    if (present(2)) multiply_if(width == 2, high[r][q], codes.two, x[q]);
-                    if (present(3)) multiply_if(width == 3, high[r][q], codes.three, x[q]);
-                    if (kReadsNibble) multiply_if(width >= 4, high[r][q], codes.nibble, x[q]);
-                    if (kHasLow) multiply_if(width == BITS, low[r][q], codes.low, x[q]);
-                    if (kHasSixOfEight) multiply_if(width == 6, low[r][q], codes.six, x[q]);
+                    if (present(2)) multiply_if(width == 2, high[r][q], codes.two, of_step(x[q], step));
+                    if (present(3)) multiply_if(width == 3, high[r][q], codes.three, of_step(x[q], step));
+                    if (kReadsNibble) multiply_if(width >= 4, high[r][q], codes.nibble, of_step(x[q], step));
+                    if (kHasLow) multiply_if(width == BITS, low[r][q], codes.low, of_step(x[q], step));
+                    if (kHasSixOfEight) multiply_if(width == 6, low[r][q], codes.six, of_step(x[q], step));
                 }
             }
         }

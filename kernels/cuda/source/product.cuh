@@ -14,10 +14,7 @@
 
 namespace nested {
 
-// A sum below 2^22 added to this integer is the mantissa of a float that is that much above 12582912.
-constexpr int kMagic = 0x4B400000;
-static_assert(GROUP * 240 * 127 < 1 << 22, "sums of a group, of the largest bytes and digits, are below that");
-constexpr float kMagicFloat = 12582912.f;
+static_assert(GROUP * 240LL * 127 * 129 < 1LL << 31, "sums of a group, of the largest bytes and both digits, are integers");
 
 __device__ inline u32 load(const u32* from) {
     u32 v;
@@ -36,10 +33,8 @@ __device__ inline uint4 load(const uint4* from) {
     return v;
 }
 
-// 128 * d1 + d0 as a float, rounded once.
-__device__ inline float joined(int d1, int d0) {
-    return __fmaf_rn(128.f, __int_as_float(d1) - kMagicFloat, __int_as_float(d0) - kMagicFloat);
-}
+// As a float, rounded once.
+__device__ inline float joined(int d1, int d0) { return __int2float_rn(128 * d1 + d0); }
 
 // Codes of a tile, as far as BITS needs them.
 struct Codes {
@@ -96,13 +91,18 @@ __device__ inline void low_codes(const Codes& tile, int step, u32* codes) {
 // What makes up for that, of row g or g + 8.
 __device__ constexpr float place_scale(int bits, int half) { return (half == 0 ? 1.f : 0.0625f) / (1 << (4 - bits)); }
 
+// A step's half of what a lane holds of two steps' digits.
+__device__ inline uint2 of_step(const uint4& digits, int step) {
+    return step % 2 == 0 ? make_uint2(digits.x, digits.y) : make_uint2(digits.z, digits.w);
+}
+
 template <bool kFirst>
 __device__ inline void multiply(int* sum, const u32* codes, uint2 x) {
     if (kFirst) {
         asm volatile(
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
             : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
-            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y), "r"(kMagic));
+            : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x.x), "r"(x.y), "r"(0));
     } else {
         asm volatile(
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

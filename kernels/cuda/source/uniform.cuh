@@ -26,20 +26,20 @@ struct Tile {
 struct Widths {};  // of the n-tiles: all the same
 
 // All groups of one tile of columns, added to out.
-__device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint2* digits, const float2* scales,
+__device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles_k, const uint4* digits, const float2* scales,
                                 int slots, bool has_token, Widths, float (&out)[ROW_TILES][TOKEN_TILES][2]) {
     const int lane = threadIdx.x & 31;
+    uint4 x[TOKEN_TILES];  // of two steps
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
         int high[ROW_TILES][TOKEN_TILES][4], low[kHasLow ? ROW_TILES : 1][TOKEN_TILES][4];
 #pragma unroll
         for (int s = 0; s < kStepsOfGroup; ++s) {
             const int step = group * kStepsOfGroup + s;
-            uint2 x[TOKEN_TILES];
 #pragma unroll
             for (int q = 0; q < TOKEN_TILES; ++q)
-                x[q] = has_token ? digits[((((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane) * 2 + step % 2]
-                                 : make_uint2(0, 0);
+                if (step % 2 == 0)
+                    x[q] = has_token ? digits[(((size_t)q * tiles_k + k) * 2 + step / 2) * 32 + lane] : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int r = 0; r < ROW_TILES; ++r) {
                 u32 codes[4], residual[4];
@@ -48,11 +48,11 @@ __device__ inline void add_tile(const Tile (&tiles)[ROW_TILES], int k, int tiles
 #pragma unroll
                 for (int q = 0; q < TOKEN_TILES; ++q) {
                     if (s == 0) {
-                        multiply<true>(high[r][q], codes, x[q]);
-                        if (kHasLow) multiply<true>(low[r][q], residual, x[q]);
+                        multiply<true>(high[r][q], codes, of_step(x[q], step));
+                        if (kHasLow) multiply<true>(low[r][q], residual, of_step(x[q], step));
                     } else {
-                        multiply<false>(high[r][q], codes, x[q]);
-                        if (kHasLow) multiply<false>(low[r][q], residual, x[q]);
+                        multiply<false>(high[r][q], codes, of_step(x[q], step));
+                        if (kHasLow) multiply<false>(low[r][q], residual, of_step(x[q], step));
                     }
                 }
             }
