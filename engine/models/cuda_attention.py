@@ -1,4 +1,4 @@
-"""Attention on an NVIDIA GPU over a pool's pages, exact and sealed, and the write of keys and values before it."""
+"""Attention on an NVIDIA GPU over a pool's pages, exact and sealed, with the write of keys and values to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.attention_inputs import AttentionSettings
 from anybit.kernels.cuda.attention import attend_splits, can_attend
-from anybit.kernels.cuda.rotary import HeadNorms, LayerBases, RowPlaces, rotate_and_store
+from anybit.kernels.cuda.rotary import HeadNorms, LayerBases, ProjectedHeads, RowPlaces, rotate_and_store
 from anybit.kernels.cuda.sealed_attention import (
     SealedRecords,
     SealedTables,
@@ -62,13 +62,51 @@ class CudaAttention:
             part.records is not None for part in self._sealed.values()
         )
 
-    def queries(self, qkv: Tensor, plan: BatchPlan) -> Tensor:
-        """Keys and values go to their pages; queries [rows, heads, head_dim], in the basis of the pages.
+    def splits(self, qkv: Tensor, plan: BatchPlan) -> SplitAttention | None:
+        """Where each row is the only token of its sequence, in their order, and all are of one format; else None."""
+        rows = len(qkv)
+        if not plan.sealed:
+            exact = plan.attention_groups[0]
+            by_row = _is_by_row(exact.row_ids, rows) and can_attend(qkv.dtype, self._own.keys)
+            return self._exact_splits(self._projected(qkv, plan), exact) if by_row else None
+        sealed = plan.sealed[0]
+        part = self._sealed[sealed.kv_format]
+        if plan.attention_groups or len(plan.sealed) > 1 or part.records is None:
+            return None
+        group = sealed.groups[0]
+        if not _is_by_row(group.row_ids, rows):
+            return None
+        projected = self._projected(qkv, plan)
+        queries: Tensor | ProjectedHeads = projected
+        if sealed.seals is not None:  # with the newest keys and values
+            queries = rotate_and_store(projected)[:, None]
+            self._seal(part, sealed)
+        arguments = (queries, part.records, self._own, _tables(group), group.positions, self._heads.settings)
+        return attend_sealed_splits(*arguments, just_sealed=sealed.seals is not None)
 
-        qkv [rows, (heads + 2·kv_heads)·head_dim], as projected.
+    def __call__(self, qkv: Tensor, plan: BatchPlan) -> Tensor:
+        """qkv as projected -> [rows, heads, head_dim], in the model's basis.
+
+        Keys and values go to their pages, and full pages are sealed first.
         """
+        q = rotate_and_store(self._projected(qkv, plan))
+        attended = torch.empty_like(q)
+        for group in plan.attention_groups:
+            if _is_by_row(group.row_ids, len(q)) and can_attend(q.dtype, self._own.keys):
+                self._exact_splits(q[:, None], group).merged(attended)
+            else:
+                attended[group.row_ids] = dispatch.paged_attention(q[group.row_ids], *self._exact_arguments(group))
+        for rows in plan.sealed:
+            part = self._sealed[rows.kv_format]
+            self._seal(part, rows)
+            for sealed_group in rows.groups:
+                self._attend_sealed(q, part, sealed_group, attended, rows.seals is not None)
+        return attended
+
+    def _projected(self, qkv: Tensor, plan: BatchPlan) -> ProjectedHeads:
+        """qkv [rows, (heads + 2·kv_heads)·head_dim], as projected."""
         heads = self._heads
-        return rotate_and_store(
+        return ProjectedHeads(
             qkv.view(len(qkv), -1, heads.head_dim),
             RowPlaces(plan.positions, plan.page_ids, plan.page_offsets, plan.row_formats),
             heads.rotary.cosines,
@@ -79,48 +117,16 @@ class CudaAttention:
             self._bases_of(tuple(rows.kv_format for rows in plan.sealed)),
         )
 
-    def splits(self, q: Tensor, plan: BatchPlan) -> SplitAttention | None:
-        """Where each row is the only token of its sequence, in their order, and all are of one format; else None."""
-        if not plan.sealed:
-            exact = plan.attention_groups[0]
-            by_row = _is_by_row(exact.row_ids, q) and can_attend(q.dtype, self._own.keys)
-            return self._exact_splits(q, exact) if by_row else None
-        rows = plan.sealed[0]
-        part = self._sealed[rows.kv_format]
-        if plan.attention_groups or len(plan.sealed) > 1 or part.records is None:
-            return None
-        group = rows.groups[0]
-        if not _is_by_row(group.row_ids, q):
-            return None
-        self._seal(part, rows)
-        arguments = (q[:, None], part.records, self._own, _tables(group), group.positions, self._heads.settings)
-        return attend_sealed_splits(*arguments, just_sealed=rows.seals is not None)
-
-    def __call__(self, q: Tensor, plan: BatchPlan) -> Tensor:
-        """What `queries` has returned -> [rows, heads, head_dim], in the model's basis. Full pages are sealed first."""
-        attended = torch.empty_like(q)
-        for group in plan.attention_groups:
-            if _is_by_row(group.row_ids, q) and can_attend(q.dtype, self._own.keys):
-                self._exact_splits(q, group).merged(attended)
-            else:
-                attended[group.row_ids] = dispatch.paged_attention(*self._exact_arguments(q[group.row_ids], group))
-        for rows in plan.sealed:
-            part = self._sealed[rows.kv_format]
-            self._seal(part, rows)
-            for sealed_group in rows.groups:
-                self._attend_sealed(q, part, sealed_group, attended, rows.seals is not None)
-        return attended
-
-    def _exact_splits(self, q: Tensor, group: AttentionGroup) -> SplitAttention:
-        return attend_splits(*self._exact_arguments(q[:, None], group))
+    def _exact_splits(self, queries: Tensor | ProjectedHeads, group: AttentionGroup) -> SplitAttention:
+        return attend_splits(queries, *self._exact_arguments(group))
 
     def _exact_arguments(
-        self, queries: Tensor, group: AttentionGroup
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, float | None]:
-        """Of attention over exact pages; queries [seqs, tokens, heads, head_dim]."""
+        self, group: AttentionGroup
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, int | None, float | None]:
+        """Of attention over exact pages, after the queries."""
         own, settings = self._own, self._heads.settings
         pages = (own.keys, own.values, group.block_tables, group.positions)
-        return queries, *pages, settings.scale, settings.window, settings.softcap
+        return *pages, settings.scale, settings.window, settings.softcap
 
     def _seal(self, part: _SealedPart, rows: SealedRows) -> None:
         if rows.seals is not None:
@@ -129,7 +135,7 @@ class CudaAttention:
     def _attend_sealed(
         self, q: Tensor, part: _SealedPart, group: SealedGroup, attended: Tensor, just_sealed: bool
     ) -> None:
-        by_row = _is_by_row(group.row_ids, q)
+        by_row = _is_by_row(group.row_ids, len(q))
         queries = q[:, None] if by_row else q[group.row_ids]
         settings = self._heads.settings
         if part.records is None:
@@ -170,9 +176,9 @@ class CudaAttention:
         return bases
 
 
-def _is_by_row(row_ids: Tensor, q: Tensor) -> bool:
+def _is_by_row(row_ids: Tensor, rows: int) -> bool:
     """Whether a group is one token of each sequence, in the order of the rows."""
-    return row_ids.shape == (len(q), 1)
+    return row_ids.shape == (rows, 1)
 
 
 def _tables(group: SealedGroup) -> SealedTables:

@@ -169,16 +169,15 @@ class CudaLayers:
         self, qkv: Tensor, attention: CudaAttention, layer: _Layer, plan: BatchPlan, parts: Sequence[Rows]
     ) -> Tensor:
         """The output projection of attention: [rows, hidden]."""
-        q = attention.queries(qkv, plan)
-        splits = attention.splits(q, plan)
+        splits = attention.splits(qkv, plan)
         if splits is None:
-            return self._multiplied(attention(q, plan).view(len(q), -1), None, layer.output, parts)
+            return self._multiplied(attention(qkv, plan).view(len(qkv), -1), None, layer.output, parts)
         # The merge of splits gives the product's inputs at once.
-        y = self._empty(len(q), layer.output.out_features, q.device)
+        y = self._empty(len(qkv), layer.output.out_features, qkv.device)
         for part in parts:
             form = layer.output.form(part)
             if form is None:
-                layer.output(splits.merged().view(len(q), -1)[part.start : part.stop], part, y)
+                layer.output(splits.merged().view(len(qkv), -1)[part.start : part.stop], part, y)
             else:
                 layer.output(splits.prepared(part.start, part.stop, form), part, y)
         return y

@@ -5,13 +5,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.driver import can_launch, defined, integers, load_kernel, max_shared_bytes
+from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
+from anybit.kernels.cuda.rotary import ProjectedHeads
 from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 
 _PAGE = 64  # keys; as in source/attention.cu, like the numbers below
 _SPLIT_PAGES = 4
+_PAGE_WARPS = 2
 _ROWS = 16
 _WARPS = 4
 _BLOCK = 64  # dimensions
@@ -72,7 +74,7 @@ def paged_attention(
 
 
 def attend_splits(
-    q: Tensor,
+    queries: Tensor | ProjectedHeads,
     k_pages: Tensor,
     v_pages: Tensor,
     block_tables: Tensor,
@@ -83,9 +85,11 @@ def attend_splits(
 ) -> SplitAttention:
     """`paged_attention` of one token a sequence, up to the merge; all tensors contiguous.
 
+    Queries that come as projected bring the newest keys and values, which go to their pages, and are of these rows.
     Waits for nothing and allocates by the width of the tables alone: it can be captured, and replayed for any positions
     that the tables have room for.
     """
+    q = queries if isinstance(queries, Tensor) else queries.queries
     sequences, _, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     splits = -(-block_tables.shape[1] // _SPLIT_PAGES)
@@ -98,10 +102,15 @@ def attend_splits(
     staged = staged_bytes <= max_shared_bytes(q.device)
     shared_bytes = staged_bytes if staged else _SPLIT_PAGES * _ROWS * head_dim * 4
     constants = {**_constants(q, window, softcap), "STAGED": int(staged)}
+    attending = constants
+    arguments: list[Argument] = [problem, *integers(splits)]
+    if isinstance(queries, ProjectedHeads):
+        attending = {**constants, **queries.constants, "FROM_PROJECTION": 1}
+        arguments.append(queries.described())
     row_tiles = -(-(heads // kv_heads) // _ROWS)
-    kernel = load_kernel("attention", "attend_splits", defined(**constants), shared_bytes)
+    kernel = load_kernel("attention", "attend_splits", defined(**attending), shared_bytes)
     grid = (splits, kv_heads * row_tiles, sequences)
-    kernel.launch(grid, 32 * _SPLIT_PAGES, [problem, *integers(splits)], shared_bytes)
+    kernel.launch(grid, 32 * _SPLIT_PAGES * _PAGE_WARPS, arguments, shared_bytes)
     return SplitAttention(q, problem, constants, splits, _MERGE, (positions, sums, norms))
 
 

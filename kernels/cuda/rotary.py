@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybit.kernels.cuda.driver import defined, load_kernel
+from anybit.kernels.cuda.driver import defined, load_kernel, pointers
 from anybit.kernels.cuda.values import VALUES
 
 _WARPS = 4
 MOST_FORMATS = 32
 
 
-class _Step(ctypes.Structure):
-    """`Step` of source/rotate.cu."""
+class _Projected(ctypes.Structure):
+    """`Projected` of source/heads.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "q", "keys", "values", "cosines", "sines")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "keys", "values", "cosines", "sines")),
         *((name, ctypes.c_void_p) for name in ("query_gain", "key_gain", "positions", "page_ids", "page_offsets")),
         *((name, ctypes.c_void_p) for name in ("row_formats", "key_weights", "signs")),
         *((name, ctypes.c_int) for name in ("heads", "kv_heads")),
@@ -62,52 +62,65 @@ class LayerBases:
     rotates_values: tuple[bool, ...]
 
 
-def rotate_and_store(
-    qkv: Tensor,
-    places: RowPlaces,
-    cosines: Tensor,
-    sines: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    norms: HeadNorms | None = None,
-    bases: LayerBases | None = None,
-) -> Tensor:
-    """Write rotated keys and values to their pages; the rotated queries [rows, heads, head_dim].
+@dataclass(frozen=True, slots=True)
+class ProjectedHeads:
+    """Heads as the projection leaves them, and what it takes to attend with them.
 
-    Rows of sealed formats are taken into the basis of their pages.
-
-    qkv [rows, heads + 2·kv_heads, head_dim], contiguous; cosines and sines float32 [positions, head_dim / 2];
-    pages [pages, kv_heads, page size 64, head_dim].
+    Rows of sealed formats are taken into the basis of their pages. qkv [rows, heads + 2·kv_heads, head_dim], contiguous;
+    cosines and sines float32 [positions, head_dim / 2]; pages [pages, kv_heads, page size 64, head_dim].
     """
-    rows, all_heads, head_dim = qkv.shape
-    kv_heads = k_pages.shape[1]
-    heads = all_heads - 2 * kv_heads
-    q = torch.empty(rows, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    step = _Step(
-        *(tensor.data_ptr() for tensor in (qkv, q, k_pages, v_pages, cosines, sines)),
-        None if norms is None else norms.query_gain.data_ptr(),
-        None if norms is None else norms.key_gain.data_ptr(),
-        *(tensor.data_ptr() for tensor in (places.positions, places.page_ids, places.page_offsets)),
-        heads=heads,
-        kv_heads=kv_heads,
-        eps=0.0 if norms is None else norms.eps,
-    )
-    if bases is not None and places.row_formats is not None:
-        step.row_formats, step.signs = places.row_formats.data_ptr(), bases.signs.data_ptr()
-        step.key_weights = None if bases.key_weights is None else bases.key_weights.data_ptr()
-        step.rotated_keys, step.rotated_values = _bits(bases.rotates_keys), _bits(bases.rotates_values)
-    kernel = load_kernel(
-        "rotate",
-        "rotate_and_store",
-        defined(
-            HEAD_DIM=head_dim,
-            VALUE=VALUES[qkv.dtype],
-            PAGE_VALUE=VALUES[k_pages.dtype],
-            HAS_NORM=int(norms is not None),
-            HAS_BASES=int(step.row_formats is not None),
-        ),
-    )
-    kernel.launch((-(-all_heads // _WARPS), rows, 1), 32 * _WARPS, [step])
+
+    qkv: Tensor
+    places: RowPlaces
+    cosines: Tensor
+    sines: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    norms: HeadNorms | None = None
+    bases: LayerBases | None = None
+
+    @property
+    def queries(self) -> Tensor:
+        """Those of one token a sequence as they are: [rows, 1, heads, head_dim]."""
+        return self.qkv[:, None, : self.qkv.shape[1] - 2 * self.k_pages.shape[1]]
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What kernels that take heads like these are compiled for."""
+        return {
+            "HEAD_DIM": self.qkv.shape[2],
+            "VALUE": VALUES[self.qkv.dtype],
+            "PAGE_VALUE": VALUES[self.k_pages.dtype],
+            "HAS_NORM": int(self.norms is not None),
+            "HAS_BASES": int(self.bases is not None and self.places.row_formats is not None),
+        }
+
+    def described(self) -> ctypes.Structure:
+        """As kernels take them."""
+        norms, places, kv_heads = self.norms, self.places, self.k_pages.shape[1]
+        projected = _Projected(
+            *(tensor.data_ptr() for tensor in (self.qkv, self.k_pages, self.v_pages, self.cosines, self.sines)),
+            None if norms is None else norms.query_gain.data_ptr(),
+            None if norms is None else norms.key_gain.data_ptr(),
+            *(tensor.data_ptr() for tensor in (places.positions, places.page_ids, places.page_offsets)),
+            heads=self.qkv.shape[1] - 2 * kv_heads,
+            kv_heads=kv_heads,
+            eps=0.0 if norms is None else norms.eps,
+        )
+        if self.bases is not None and places.row_formats is not None:
+            bases = self.bases
+            projected.row_formats, projected.signs = places.row_formats.data_ptr(), bases.signs.data_ptr()
+            projected.key_weights = None if bases.key_weights is None else bases.key_weights.data_ptr()
+            projected.rotated_keys, projected.rotated_values = _bits(bases.rotates_keys), _bits(bases.rotates_values)
+        return projected
+
+
+def rotate_and_store(projected: ProjectedHeads) -> Tensor:
+    """Write rotated keys and values to their pages; the rotated queries [rows, heads, head_dim]."""
+    rows, all_heads, _ = projected.qkv.shape
+    q = torch.empty_like(projected.queries[:, 0], memory_format=torch.contiguous_format)
+    kernel = load_kernel("rotate", "rotate_and_store", defined(**projected.constants))
+    kernel.launch((-(-all_heads // _WARPS), rows, 1), 32 * _WARPS, [projected.described(), *pointers(q)])
     return q
 
 

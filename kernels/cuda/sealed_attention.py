@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.cuda.driver import (
+    Argument,
     can_launch,
     defined,
     integers,
@@ -17,6 +18,7 @@ from anybit.kernels.cuda.driver import (
     num_multiprocessors,
 )
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
+from anybit.kernels.cuda.rotary import ProjectedHeads, rotate_and_store
 from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.page_layout import PAGE_TOKENS, PageLayout, pair_layout, uniform_layout
@@ -149,7 +151,7 @@ def attend_sealed(
 
 
 def attend_sealed_splits(
-    q: Tensor,
+    queries: Tensor | ProjectedHeads,
     pages: SealedRecords,
     own: ExactPages,
     tables: SealedTables,
@@ -157,30 +159,42 @@ def attend_sealed_splits(
     settings: AttentionSettings,
     just_sealed: bool = False,
 ) -> SplitAttention:
-    """`attend_sealed` of one token a sequence, to be merged."""
+    """`attend_sealed` of one token a sequence, to be merged.
+
+    Queries that come as projected bring the newest keys and values, which go to their own pages, and are of these rows.
+    """
+    q = queries if isinstance(queries, Tensor) else queries.queries
     sequences, _, heads, head_dim = q.shape
-    problem = _problem(q, pages, own, tables, positions, settings)
     splits = -(-tables.sealed.shape[1] // _SPLIT_PAGES) + 1
+    constants = _constants(q, pages, settings)
+    group = heads // own.keys.shape[1]
+    constants["TILE_HEADS"] = tile_heads = _NARROW if group <= _NARROW else _COLUMNS
+    tiles = own.keys.shape[1] * -(-group // tile_heads)
+    warps = _stream_warps(pages, head_dim, q.device)
+    # A GPU may lack the shared memory for a single warp's ring.
+    few = warps == 0 or sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS
+    if not few and isinstance(queries, ProjectedHeads):
+        q = rotate_and_store(queries)[:, None]
+    problem = _problem(q, pages, own, tables, positions, settings)
     partial = torch.empty(sequences, heads, splits, head_dim, device=q.device)
     norms = torch.empty(sequences, heads, splits, 2, device=q.device)
     problem.partial, problem.partial_norm = partial.data_ptr(), norms.data_ptr()
-    constants = _constants(q, pages, settings)
-    group = heads // problem.kv_heads
-    constants["TILE_HEADS"] = tile_heads = _NARROW if group <= _NARROW else _COLUMNS
-    tiles = problem.kv_heads * -(-group // tile_heads)
-    warps = _stream_warps(pages, head_dim, q.device)
-    # A GPU may lack the shared memory for a single warp's ring.
-    if warps == 0 or sequences * tiles * (splits - 1) <= num_multiprocessors(q.device) * _FEW_SPLITS:
-        shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim))
-        kernel = load_kernel("attend_sealed_pages", "attend_sealed_pages", defined(**constants), shared_bytes)
-        grid, warps, counts = (splits, tiles, sequences), _SPLIT_PAGES, [splits]
+    arguments: list[Argument]
+    if few:
+        attending, arguments = constants, [problem, *integers(splits)]
+        if isinstance(queries, ProjectedHeads):
+            attending = {**constants, **queries.constants, "FROM_PROJECTION": 1}
+            arguments.append(queries.described())
+        shared_bytes = max(_table_bytes(pages), _SPLIT_PAGES * _sums_bytes(head_dim), _own_page_bytes(head_dim))
+        kernel = load_kernel("attend_sealed_pages", "attend_sealed_pages", defined(**attending), shared_bytes)
+        grid, warps = (splits, tiles, sequences), _SPLIT_PAGES
     else:
         shared_bytes = _table_bytes(pages) + warps * _ring_bytes(pages)
         stream = defined(**constants, STREAM_WARPS=warps, STREAM_SLOTS=_STREAM_SLOTS)
         kernel = load_kernel("attend_sealed_splits", "attend_sealed_splits", stream, shared_bytes)
         grid = (min(num_multiprocessors(q.device), sequences * splits * tiles), 1, 1)
-        counts = [sequences, splits, tiles]
-    kernel.launch(grid, 32 * warps, [problem, *integers(*counts)], shared_bytes, may_overlap=not just_sealed)
+        arguments = [problem, *integers(sequences, splits, tiles)]
+    kernel.launch(grid, 32 * warps, arguments, shared_bytes, may_overlap=not just_sealed)
     # A thread a dimension of a head, or of as many heads as a product's tile has columns.
     columns = max(head_dim, TILE_COLUMNS)
     merge = Merge("merge_sealed", "merge_sealed", "merge_sealed_prepare", columns, sequences=1, threads=columns)
@@ -257,6 +271,11 @@ def _table_bytes(pages: SealedRecords) -> int:
 def _sums_bytes(head_dim: int) -> int:
     """Of a warp's columns."""
     return _COLUMNS * head_dim * 4
+
+
+def _own_page_bytes(head_dim: int) -> int:
+    """Of keys and values as they are, with 16 bytes after each row."""
+    return 2 * PAGE_TOKENS * (2 * head_dim + 16)
 
 
 def _rows_shared_bytes(head_dim: int, warps: int, table_bytes: int) -> int:

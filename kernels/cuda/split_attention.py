@@ -29,7 +29,7 @@ class Merge:
 class SplitAttention:
     """One token of each sequence, split by split of its keys and values; `merged` puts them together."""
 
-    q: Tensor  # [sequences, 1, heads, head_dim]
+    like: Tensor  # [sequences, 1, heads, head_dim], of the type of the queries, which it need not hold
     problem: ctypes.Structure  # of the merge's source; its `out` is set here
     constants: dict[str, int]
     splits: int
@@ -37,17 +37,17 @@ class SplitAttention:
     kept: tuple[Tensor, ...]  # what `problem` points to
 
     def merged(self, out: Tensor | None = None) -> Tensor:
-        """[sequences, 1, heads, head_dim] in q's dtype; rows at negative positions are left as they are."""
-        out = torch.empty_like(self.q) if out is None else out
+        """[sequences, 1, heads, head_dim] in the type of the queries; rows at negative positions are left as they are."""
+        out = torch.empty_like(self.like, memory_format=torch.contiguous_format) if out is None else out
         self.problem.out = out.data_ptr()
         kernel = load_kernel(self.merge.source, self.merge.to_tensor, defined(**self.constants))
-        arguments: list[Argument] = [self.problem, *integers(self.splits, len(self.q))]
-        kernel.launch(self._grid(len(self.q)), self.merge.threads, arguments)
+        arguments: list[Argument] = [self.problem, *integers(self.splits, len(self.like))]
+        kernel.launch(self._grid(len(self.like)), self.merge.threads, arguments)
         return out
 
     def prepared(self, start: int, stop: int, form: InputForm) -> Activations:
         """`merged` of sequences start .. stop−1, [sequences, heads · head_dim], as inputs of a product."""
-        activations = Activations.allocate(stop - start, self.q[0].numel(), form, self.q.device)
+        activations = Activations.allocate(stop - start, self.like[0].numel(), form, self.like.device)
         kernel = load_kernel(self.merge.source, self.merge.to_inputs, defined(**self.constants, **form.defines))
         arguments: list[Argument] = [
             self.problem,
@@ -59,4 +59,4 @@ class SplitAttention:
         return activations
 
     def _grid(self, sequences: int) -> tuple[int, int, int]:
-        return -(-self.q[0].numel() // self.merge.columns), -(-sequences // self.merge.sequences), 1
+        return -(-self.like[0].numel() // self.merge.columns), -(-sequences // self.merge.sequences), 1

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from anybit.kernels import dispatch, fallbacks, reference
-from anybit.kernels.cuda.attention import paged_attention
+from anybit.kernels.cuda.attention import attend_splits, paged_attention
+from anybit.kernels.cuda.rotary import RowPlaces
 from tests.fixtures.nested import normal
+from tests.fixtures.projection import apart, random_projection
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +77,48 @@ def test_attention_sees_no_further_than_its_window_and_caps_its_scores(window, s
     for token in (0, 130, 256, 399):
         alone = cache.attend(q[:, token : token + 1], positions[:, token : token + 1], cache.table(), **options)
         assert torch.equal(alone[:, 0], got[:, token])
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_heads_as_projected_give_the_same_bits(heads, kv_heads, head_dim, dtype, has_norms):
+    lengths = [1, 63, 64, 65, 129, 256, 257, 700]
+    cache = Cache(lengths, kv_heads, head_dim)
+    positions = torch.tensor(lengths)[:, None] - 1
+    places = RowPlaces(positions[:, 0], torch.tensor([table[-1] for table in cache.tables]), positions[:, 0] % 64)
+    on_gpu = RowPlaces(*(part.cuda() for part in (places.positions, places.page_ids, places.page_offsets)))
+    pages = cache.keys.cuda(), cache.values.cuda()
+    projected = random_projection(heads, on_gpu, pages, dtype, has_norms)
+    queries, copies = apart(projected)
+    tables, positions = cache.table(extra=3).cuda(), positions.cuda()
+    for window in (None, 70):
+        rest = (tables, positions, head_dim**-0.5, window)
+        expected = attend_splits(queries, copies.k_pages, copies.v_pages, *rest).merged()
+        assert torch.equal(attend_splits(projected, *pages, *rest).merged(), expected)
+        assert all(
+            torch.equal(page.nan_to_num(9), copy.nan_to_num(9))
+            for page, copy in zip(pages, (copies.k_pages, copies.v_pages), strict=True)
+        )
+
+
+def test_sequences_to_be_left_alone_are_not_written_either():
+    cache = Cache([100, 100], 2, 64)
+    positions = torch.tensor([99, 99])
+    places = RowPlaces(
+        *(part.cuda() for part in (positions, torch.tensor([table[-1] for table in cache.tables]), positions % 64))
+    )
+    pages = cache.keys.cuda(), cache.values.cuda()
+    projected = random_projection(4, places, pages, torch.bfloat16)
+    attended = attend_splits(projected, *pages, cache.table().cuda(), torch.tensor([[99], [-1]]).cuda(), 0.125)
+    out = torch.full((2, 1, 4, 64), 7.0, dtype=torch.bfloat16, device="cuda")
+    attended.merged(out)
+    assert (out[1] == 7).all()
+    assert not (out[0] == 7).any()
+    other = cache.tables[1][-1]
+    assert torch.equal(pages[0][other].cpu(), cache.keys[other])
+    assert not torch.equal(pages[0][cache.tables[0][-1]].cpu(), cache.keys[cache.tables[0][-1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anybit.kernels.cuda.rotary import LayerBases, RowPlaces, rotate_and_store
+from anybit.kernels.cuda.rotary import LayerBases, ProjectedHeads, RowPlaces, rotate_and_store
 from anybit.kernels.portable.hadamard import rotation_signs
 from anybit.kvcache.codec.balance import PageBasis
 
@@ -33,21 +33,21 @@ def test_rows_of_sealed_formats_are_taken_into_the_basis_of_their_pages(heads, k
     positions = torch.randperm(POSITIONS, generator=generator)[:rows]
     page_ids, offsets = torch.randperm(16, generator=generator)[:rows], torch.randint(64, (rows,), generator=generator)
     keys, values = (torch.zeros(16, kv_heads, 64, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    got = rotate_and_store(
+    projected = ProjectedHeads(
         qkv.cuda(),
         RowPlaces(positions.cuda(), page_ids.cuda(), offsets.cuda(), formats.cuda()),
         angles.cos().cuda(),
         angles.sin().cuda(),
         keys,
         values,
-        None,
-        LayerBases(
+        bases=LayerBases(
             rotation_signs(head_dim).cuda(),
             None if weights is None else weights.cuda(),
             tuple(keys for keys, _ in flags),
             tuple(values for _, values in flags),
         ),
     )
+    got = rotate_and_store(projected)
     q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
     cosines, sines = angles.cos()[positions], angles.sin()[positions]
     q, k = rotated(q, cosines, sines), rotated(k, cosines, sines)

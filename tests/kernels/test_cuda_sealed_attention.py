@@ -9,18 +9,21 @@ from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.cuda import sealed_attention
+from anybit.kernels.cuda.rotary import LayerBases, RowPlaces
 from anybit.kernels.cuda.sealed_attention import (
     PairRecords,
     SealedRecords,
     SealedTables,
     UniformRecords,
     attend_sealed,
+    attend_sealed_splits,
 )
 from anybit.kernels.portable.hadamard import rotation_signs, unrotate
 from anybit.kvcache.attention import PageTables, attend
 from anybit.kvcache.codec.pages import PairCodec
 from anybit.kvcache.formats import codec_of, parse_format
 from anybit.kvcache.sealed import SealedPages
+from tests.fixtures.projection import apart, random_projection
 
 pytestmark = pytest.mark.gpu
 
@@ -60,19 +63,25 @@ class Case:
     def expected(self) -> Tensor:
         return attend(self.queries, self.own, self.sealed, self.tables, self.positions, self.settings)
 
-    def attended(self, signs: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def records(self, signs: Tensor | None = None) -> SealedRecords:
         key_name, value_name = parse_format(self.name).names
+        return SealedRecords(
+            on_gpu(key_name, self.sealed.keys),
+            on_gpu(value_name, self.sealed.values),
+            self.sealed.exact_tokens,
+            None if signs is None else signs.cuda(),
+        )
+
+    def tables_on_gpu(self) -> SealedTables:
+        return SealedTables(self.tables.sealed.cuda(), self.tables.first.cuda(), self.tables.own.cuda())
+
+    def attended(self, signs: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         out = torch.full_like(self.queries, 7.0).cuda()
         attend_sealed(
             self.queries.cuda(),
-            SealedRecords(
-                on_gpu(key_name, self.sealed.keys),
-                on_gpu(value_name, self.sealed.values),
-                self.sealed.exact_tokens,
-                None if signs is None else signs.cuda(),
-            ),
+            self.records(signs),
             ExactPages(self.own.keys.cuda(), self.own.values.cuda()),
-            SealedTables(self.tables.sealed.cuda(), self.tables.first.cuda(), self.tables.own.cuda()),
+            self.tables_on_gpu(),
             (self.positions if positions is None else positions).cuda(),
             self.settings,
             out,
@@ -154,6 +163,31 @@ def test_many_tokens_attend_as_the_pages_say(
 ) -> None:
     case = make_case(name, [150, 1000], heads, settings, new_tokens=150)
     check(case.attended(), case.expected())
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", ["qet4", "qet2+2", "uniform8"])
+def test_heads_as_projected_give_the_same_bits(
+    name: str, heads: tuple[int, int, int], settings: AttentionSettings, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealed_attention, "_FEW_SPLITS", 1000 if few else 0)
+    case = make_case(name, [1, 64, 65, 200, 1100], heads, settings)
+    num_heads, kv_heads, head_dim = heads
+    positions = case.positions[:, 0].cuda()
+    slots, formats = case.tables.own[:, 0].cuda(), torch.zeros(len(positions), dtype=torch.int64, device="cuda")
+    pages = case.own.keys.cuda(), case.own.values.cuda()
+    bases = LayerBases(rotation_signs(head_dim).cuda(), torch.rand(kv_heads, head_dim).cuda() + 0.5, (True,), (True,))
+    places = RowPlaces(positions, slots, positions % 64, formats)
+    projected = random_projection(num_heads, places, pages, torch.bfloat16, bases=bases)
+    queries, copies = apart(projected)
+    rest = (case.tables_on_gpu(), positions[:, None], settings)
+    records = case.records(rotation_signs(head_dim))
+    expected = attend_sealed_splits(queries, records, ExactPages(copies.k_pages, copies.v_pages), *rest).merged()
+    assert torch.equal(attend_sealed_splits(projected, records, ExactPages(*pages), *rest).merged(), expected)
+    assert torch.equal(pages[0].nan_to_num(9), copies.k_pages.nan_to_num(9))
+    assert torch.equal(pages[1].nan_to_num(9), copies.v_pages.nan_to_num(9))
 
 
 def test_results_are_rotated_back() -> None:

@@ -114,7 +114,8 @@ def test_the_rest_compiles(architecture):
 @pytest.mark.parametrize(("head_dim", "value", "flag"), [(64, 0, 0), (128, 2, 1), (256, 1, 1)])
 def test_attention_compiles(architecture, head_dim, value, flag):
     defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag, "STAGED": 1 - flag}
-    assert compile_source("attention", architecture, defines).startswith(ELF)
+    for projected in ({}, {"FROM_PROJECTION": 1, "HAS_NORM": flag}):
+        assert compile_source("attention", architecture, defines | projected).startswith(ELF)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -189,6 +190,8 @@ def test_attention_over_sealed_pages_compiles(architecture, head_dim, key_bits, 
     defines |= {"HAS_WINDOW": 1, "HAS_SOFTCAP": 1, "TILE_HEADS": tile_heads}
     for source in ("attend_sealed_pages", "attend_sealed_splits", "attend_sealed_rows"):
         assert compile_source(source, architecture, defines).startswith(ELF)
+    projected = {"FROM_PROJECTION": 1, "HAS_BASES": 1}
+    assert compile_source("attend_sealed_pages", architecture, defines | projected).startswith(ELF)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

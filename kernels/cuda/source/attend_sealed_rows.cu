@@ -48,7 +48,7 @@ attend_sealed_rows(SealedProblem problem, int page_tiles) {
         of_all.add(of_split);
     }
     ColumnSums<false> state;
-    attend_own_page(problem, queries, sequence, number, kv_head, min(own_page * kPage + kPage, stop) - 1, state);
+    attend_own_page(problem, queries, OwnPage<false>(problem, sequence, number, kv_head, min(own_page * kPage + kPage, stop) - 1), state);
     of_all.add(state);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -30,7 +30,7 @@ attend_sealed_splits(SealedProblem problem, int sequences, int splits, int tiles
         for (int page = split.begin; page < split.end; ++page) {
             ColumnSums<kNarrow> state;
             if (split.is_own) {
-                attend_own_page(problem, queries, item.sequence, 0, tile.kv_head, split.position, state);
+                attend_own_page(problem, queries, OwnPage<false>(problem, item.sequence, 0, tile.kv_head, split.position), state);
             } else {
                 attend_streamed_page(stream, problem, queries, tables, item.sequence, tile.kv_head, page, state);
             }

@@ -4,12 +4,12 @@
 
 namespace nested {
 
-// Neighbouring numbers of a query; zeros from nowhere.
-template <int kCount>
+// Neighbouring numbers of a query; zeros from nowhere. kCopied: it lies in shared memory.
+template <bool kCopied, int kCount>
 __device__ inline void read_values(const Value* from, float (&number)[kCount]) {
     if constexpr (sizeof(Value) == 2) {
         u32 words[kCount / 2] = {};
-        if (from != nullptr) read_bytes<2 * kCount>(reinterpret_cast<const u8*>(from), words);
+        if (from != nullptr) read_bytes<2 * kCount, kCopied>(reinterpret_cast<const u8*>(from), words);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) number[i] = to_float(reinterpret_cast<const Value*>(words)[i]);
     } else {
@@ -45,10 +45,11 @@ struct ColumnQueries {
     int last[2], oldest[2];   // tokens that these see
 
     // `from` and `position` are those of column g; a column that does not exist has a negative position and sees nothing.
+    template <bool kCopied = false>
     __device__ void read(const SealedProblem& problem, const Value* from, int position) {
         const int lane = threadIdx.x & 31, c = lane % 4;
         float number[2 * kLanePairs], largest = 0.f;
-        read_values(position >= 0 ? from + 2 * kLanePairs * c : nullptr, number);
+        read_values<kCopied>(position >= 0 ? from + 2 * kLanePairs * c : nullptr, number);
 #pragma unroll
         for (int i = 0; i < 2 * kLanePairs; ++i) largest = fmaxf(largest, fabsf(number[i]));
         largest = fmaxf(of_quad_max(largest), 1e-30f);

@@ -1,12 +1,13 @@
 // One page: as codes, or as it is being written.
 #pragma once
+#include "copies.cuh"
 #include "sealed_scales.cuh"
 
 namespace nested {
 
-template <int kCount>
+template <bool kCopied = false, int kCount>
 __device__ inline void read_exact(const __nv_bfloat16* from, u32 (&pairs)[kCount]) {
-    read_bytes<4 * kCount>(reinterpret_cast<const u8*>(from), pairs);
+    read_bytes<4 * kCount, kCopied>(reinterpret_cast<const u8*>(from), pairs);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) pairs[i] = halves(pairs[i]);
 }
@@ -113,18 +114,34 @@ struct SealedPage {
     }
 };
 
-// A page that is being written, up to token `written` of its sequence.
+// A page that is being written, up to token `written` of its sequence. kCopied: to shared memory, rows a little apart, so that lanes
+// which read together meet in no bank.
+template <bool kCopied>
 struct OwnPage {
     static constexpr bool kIsWhole = false, kReadsAhead = true;
-    static constexpr int kTilesAhead = 4;
+    static constexpr int kTilesAhead = 4, kStride = kCopied ? HEAD_DIM + 8 : HEAD_DIM, kCopiedNumbers = 2 * kPage * kStride;
     struct Values {};
     const __nv_bfloat16 *keys, *values;
     int written;
 
-    __device__ OwnPage(const SealedProblem& problem, long long slot, int kv_head, int written) : written(written) {
+    __device__ OwnPage(const __nv_bfloat16* keys, const __nv_bfloat16* values, int written) : keys(keys), values(values), written(written) {}
+    __device__ OwnPage(const SealedProblem& problem, int sequence, int number, int kv_head, int written) : written(written) {
+        const long long slot = problem.own[(size_t)sequence * problem.own_stride + number];
         const size_t place = ((size_t)slot * problem.kv_heads + kv_head) * kPage * HEAD_DIM;
         keys = problem.own_keys + place;
         values = problem.own_values + place;
+    }
+    // The first `count` tokens on their way to shared memory, by a block.
+    __device__ OwnPage<true> copy(__nv_bfloat16* to, int count) const {
+        const OwnPage<true> copied(to, to + kPage * OwnPage<true>::kStride, written);
+        constexpr int kChunks = HEAD_DIM / 8;  // of 16 bytes
+        for (int at = threadIdx.x; at < 2 * count * kChunks; at += blockDim.x) {
+            const bool is_key = at < count * kChunks;
+            const int chunk = at % kChunks * 8, token = (is_key ? at : at - count * kChunks) / kChunks;
+            const __nv_bfloat16* target = (is_key ? copied.keys : copied.values) + token * OwnPage<true>::kStride + chunk;
+            copy_16(shared_address(target), (is_key ? keys : values) + token * HEAD_DIM + chunk);
+        }
+        return copied;
     }
     static __device__ bool is_exact(int) { return true; }
     __device__ bool has_tile(int tile) const { return 16 * tile <= written % kPage; }
@@ -133,10 +150,10 @@ struct OwnPage {
     __device__ void read_value_scales() {}
     __device__ void read_values(int, Values&) const {}
     __device__ void key_pairs(int tile, int half, u32 (&pairs)[kLanePairs]) const {
-        read_exact(keys + token_in_page(tile, half) * HEAD_DIM + threadIdx.x % 4 * 2 * kLanePairs, pairs);
+        read_exact<kCopied>(keys + token_in_page(tile, half) * kStride + threadIdx.x % 4 * 2 * kLanePairs, pairs);
     }
     __device__ void value_pairs(int token, const Values&, u32 (&pairs)[kValuePairs]) const {
-        read_exact(values + token * HEAD_DIM + threadIdx.x % 32 / 4 * 2 * kValuePairs, pairs);
+        read_exact<kCopied>(values + token * kStride + threadIdx.x % 32 / 4 * 2 * kValuePairs, pairs);
         // What lies beyond a sequence's end is left over from another; weighted 0, a number that is not finite would remain.
         if (token > written % kPage)
 #pragma unroll
@@ -284,17 +301,22 @@ __device__ inline void attend_streamed_page(Stream& stream, const SealedProblem&
         attend_records_of<false>(stream, problem, queries, tables, sequence, kv_head, page, state);
     }
 }
-template <bool kIsNarrow>
-__device__ inline void attend_own_page(const SealedProblem& problem, const ColumnQueries& queries, int sequence, int number, int kv_head,
-                                       int written, ColumnSums<kIsNarrow>& state) {
-    OwnPage own(problem, problem.own[(size_t)sequence * problem.own_stride + number], kv_head, written);
-    attend_page(problem, queries, own, written / kPage * kPage, state, [] {});
+template <bool kIsNarrow, bool kCopied>
+__device__ inline void attend_own_page(const SealedProblem& problem, const ColumnQueries& queries, OwnPage<kCopied> own,
+                                       ColumnSums<kIsNarrow>& state) {
+    attend_page(problem, queries, own, own.written / kPage * kPage, state, [] {});
 }
 
 // Begin to bring records of a page nearer, a line a lane.
 template <int kBytes>
 __device__ inline void fetch_record(const u8* record) {
     for (int line = (threadIdx.x & 31) * 128; line < kBytes; line += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(record + line));
+}
+// The same of a sequence's first tokens.
+__device__ inline void fetch_first(const SealedProblem& problem, int sequence, int kv_head) {
+    const size_t place = (size_t)problem.first[(size_t)sequence * problem.first_stride] * problem.kv_heads + kv_head;
+    fetch_record<FIRST_EXACT * HEAD_DIM * 2>(problem.keys + place * KeyRecord::kBytes);
+    fetch_record<FIRST_EXACT * HEAD_DIM * 2>(problem.values + place * ValueRecord::kBytes);
 }
 // Not values where another page comes first: those would be driven out again before their turn.
 __device__ inline void fetch_page(const SealedProblem& problem, int sequence, int kv_head, int page, bool with_values) {

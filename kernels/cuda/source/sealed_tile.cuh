@@ -15,8 +15,13 @@ struct HeadTile {
         return (size_t)sequence * problem.heads + kv_head * problem.group() + first_row + query;
     }
     __device__ void read(const SealedProblem& problem, int sequence, int position, ColumnQueries& queries) const {
+        read<false>(problem, problem.q + row(problem, sequence, 0) * HEAD_DIM, position, queries);
+    }
+    // From the tile's own, [rows][HEAD_DIM]. kCopied: in shared memory.
+    template <bool kCopied>
+    __device__ void read(const SealedProblem& problem, const Value* own, int position, ColumnQueries& queries) const {
         const int query = (threadIdx.x & 31) / 4 % TILE_HEADS;
-        queries.read(problem, problem.q + row(problem, sequence, query) * HEAD_DIM, query < rows(problem) ? position : -1);
+        queries.read<kCopied>(problem, own + query * HEAD_DIM, query < rows(problem) ? position : -1);
     }
 };
 
