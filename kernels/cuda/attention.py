@@ -11,18 +11,18 @@ from anybit.kernels.cuda.rotary import ProjectedHeads
 from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 
-_PAGE = 64  # keys; as in source/attention.cu, like the numbers below
+_PAGE = 64  # keys; as in source/attention.cuh, like the numbers below
 _SPLIT_PAGES = 4
 _PAGE_WARPS = 2
 _ROWS = 16
 _WARPS = 4
 _BLOCK = 64  # dimensions
 _MAX_HEAD_DIM = 256
-_MERGE = Merge("attention", "merge_rows", "merge_prepare", TILE_COLUMNS, sequences=4, threads=128)
+_MERGE = Merge("merge_splits", "merge_splits", "merge_splits_prepare", TILE_COLUMNS, sequences=4, threads=128)
 
 
 class _Problem(ctypes.Structure):
-    """`Problem` of source/attention.cu."""
+    """`Problem` of source/attention.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "tables", "positions")),
@@ -67,7 +67,7 @@ def paged_attention(
     row_tiles = -(-tokens * (heads // k_pages.shape[1]) // _ROWS)
     shared_bytes = _rows_shared_bytes(head_dim)
     constants = _constants(q, window, softcap)
-    kernel = load_kernel("attention", "attend_rows", defined(**constants), shared_bytes)
+    kernel = load_kernel("attend_rows", "attend_rows", defined(**constants), shared_bytes)
     grid = (-(-row_tiles // _WARPS), k_pages.shape[1], sequences)
     kernel.launch(grid, 32 * _WARPS, [problem], shared_bytes)
     return out
@@ -101,14 +101,14 @@ def attend_splits(
     staged_bytes = _SPLIT_PAGES * 2 * _PAGE * head_dim * k_pages.element_size()
     staged = staged_bytes <= max_shared_bytes(q.device)
     shared_bytes = staged_bytes if staged else _SPLIT_PAGES * _ROWS * head_dim * 4
-    constants = {**_constants(q, window, softcap), "STAGED": int(staged)}
-    attending = constants
+    constants = _constants(q, window, softcap)
+    attending = {**constants, "STAGED": int(staged)}
     arguments: list[Argument] = [problem, *integers(splits)]
     if isinstance(queries, ProjectedHeads):
-        attending = {**constants, **queries.constants, "FROM_PROJECTION": 1}
+        attending |= {**queries.constants, "FROM_PROJECTION": 1}
         arguments.append(queries.described())
     row_tiles = -(-(heads // kv_heads) // _ROWS)
-    kernel = load_kernel("attention", "attend_splits", defined(**attending), shared_bytes)
+    kernel = load_kernel("attend_splits", "attend_splits", defined(**attending), shared_bytes)
     grid = (splits, kv_heads * row_tiles, sequences)
     kernel.launch(grid, 32 * _SPLIT_PAGES * _PAGE_WARPS, arguments, shared_bytes)
     return SplitAttention(q, problem, constants, splits, _MERGE, (positions, sums, norms))

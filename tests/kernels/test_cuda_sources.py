@@ -113,9 +113,11 @@ def test_the_rest_compiles(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("head_dim", "value", "flag"), [(64, 0, 0), (128, 2, 1), (256, 1, 1)])
 def test_attention_compiles(architecture, head_dim, value, flag):
-    defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag, "STAGED": 1 - flag}
-    for projected in ({}, {"FROM_PROJECTION": 1, "HAS_NORM": flag}):
-        assert compile_source("attention", architecture, defines | projected).startswith(ELF)
+    defines = {"HEAD_DIM": head_dim, "VALUE": value, "HAS_WINDOW": flag, "HAS_SOFTCAP": flag}
+    for source in ("attend_rows", "attend_splits", "merge_splits"):
+        assert compile_source(source, architecture, defines).startswith(ELF)
+    projected = {"STAGED": 1 - flag, "FROM_PROJECTION": 1, "HAS_NORM": flag}
+    assert compile_source("attend_splits", architecture, defines | projected).startswith(ELF)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
