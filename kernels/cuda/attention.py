@@ -99,7 +99,7 @@ def attend_splits(
     problem.partial, problem.partial_norm = sums.data_ptr(), norms.data_ptr()
     # Pages are copied to shared memory, all of them at once, where it has room for them.
     staged_bytes = _SPLIT_PAGES * 2 * _PAGE * head_dim * k_pages.element_size()
-    staged = staged_bytes <= max_shared_bytes(q.device)
+    staged = staged_bytes + _static_shared_bytes(q) <= max_shared_bytes(q.device)
     shared_bytes = staged_bytes if staged else _SPLIT_PAGES * _ROWS * head_dim * 4
     constants = _constants(q, window, softcap)
     attending = {**constants, "STAGED": int(staged)}
@@ -112,6 +112,12 @@ def attend_splits(
     grid = (splits, kv_heads * row_tiles, sequences)
     kernel.launch(grid, 32 * _SPLIT_PAGES * _PAGE_WARPS, arguments, shared_bytes)
     return SplitAttention(q, problem, constants, splits, _MERGE, (positions, sums, norms))
+
+
+def _static_shared_bytes(q: Tensor) -> int:
+    """Of a block of `attend_splits`: a tile of queries, the newest key and value in bfloat16, norms of rows."""
+    head_dim = q.shape[-1]
+    return _ROWS * head_dim * q.element_size() + 2 * 2 * head_dim + _SPLIT_PAGES * _ROWS * 8
 
 
 def _rows_shared_bytes(head_dim: int) -> int:
