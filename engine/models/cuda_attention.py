@@ -12,7 +12,7 @@ from anybit.engine.layers.rotary import RotaryEmbedding
 from anybit.kernels import dispatch, fallbacks
 from anybit.kernels.attention_inputs import AttentionSettings
 from anybit.kernels.cuda.attention import attend_splits, can_attend
-from anybit.kernels.cuda.rotary import HeadNorms, LayerBases, ProjectedHeads, RowPlaces, rotate_and_store
+from anybit.kernels.cuda.heads import HeadNorms, LayerBases, ProjectedHeads, RowPlaces, rotate_and_store
 from anybit.kernels.cuda.sealed_attention import (
     SealedRecords,
     SealedTables,

@@ -23,8 +23,8 @@ from anybit.kernels.cuda.activations import (
     rms_norm,
 )
 from anybit.kernels.cuda.driver import only_compiling
+from anybit.kernels.cuda.heads import MOST_FORMATS, HeadNorms
 from anybit.kernels.cuda.linear import mixed_alignment
-from anybit.kernels.cuda.rotary import MOST_FORMATS, HeadNorms
 from anybit.kernels.cuda.sealed_attention import can_attend_sealed
 from anybit.kernels.widths import RowWidths
 from anybit.kvcache.pool import KVPool

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anybit.kernels.cuda.driver import Argument, can_launch, defined, integers, load_kernel, max_shared_bytes
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
-from anybit.kernels.cuda.rotary import ProjectedHeads
+from anybit.kernels.cuda.heads import ProjectedHeads
 from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 

@@ -18,7 +18,7 @@ from anybit.kernels.cuda.driver import (
     num_multiprocessors,
 )
 from anybit.kernels.cuda.fragments import TILE_COLUMNS
-from anybit.kernels.cuda.rotary import ProjectedHeads, rotate_and_store
+from anybit.kernels.cuda.heads import ProjectedHeads, rotate_and_store
 from anybit.kernels.cuda.split_attention import Merge, SplitAttention
 from anybit.kernels.cuda.values import VALUES
 from anybit.kernels.page_layout import PAGE_TOKENS, PageLayout, pair_layout, uniform_layout

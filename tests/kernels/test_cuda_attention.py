@@ -5,7 +5,7 @@ import torch
 
 from anybit.kernels import dispatch, fallbacks, reference
 from anybit.kernels.cuda.attention import attend_splits, paged_attention
-from anybit.kernels.cuda.rotary import RowPlaces
+from anybit.kernels.cuda.heads import RowPlaces
 from tests.fixtures.nested import normal
 from tests.fixtures.projection import apart, random_projection
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
 from anybit.kernels.cuda import sealed_attention
-from anybit.kernels.cuda.rotary import LayerBases, RowPlaces
+from anybit.kernels.cuda.heads import LayerBases, RowPlaces
 from anybit.kernels.cuda.sealed_attention import (
     PairRecords,
     SealedRecords,

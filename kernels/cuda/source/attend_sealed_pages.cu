@@ -2,10 +2,6 @@
 #include "heads.cuh"
 #include "sealed_tile.cuh"
 
-#ifndef FROM_PROJECTION  // queries, and the newest keys and values, come as the projection leaves them
-#define FROM_PROJECTION 0
-#endif
-
 using namespace nested;
 
 // Few sequences of one token: a warp takes a page. A grid of (splits, kv heads x tiles of their query heads, sequences).

@@ -2,10 +2,6 @@
 #include "attention_pages.cuh"
 #include "heads.cuh"
 
-#ifndef FROM_PROJECTION  // queries, and the newest keys and values, come as the projection leaves them
-#define FROM_PROJECTION 0
-#endif
-
 using namespace nested;
 
 constexpr int kSplitWarps = kSplitPages * kPageWarps;

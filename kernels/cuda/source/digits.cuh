@@ -12,13 +12,18 @@ namespace nested {
 constexpr float kLargest = 127 * 128 + 63;
 constexpr float kSmallestStep = 1.17549435e-38f;
 
-// What the lanes of a group, which are neighbours, have together.
-template <class Number, class Pair, class Warp>
-__device__ inline Number of_group(Number own, Pair of_pair, Warp of_warp) {
-    if (GROUP == 128) return of_warp(own);
+// Of the lanes of a group, which are neighbours.
+__device__ inline u32 of_group_max(u32 x) {
+    if (GROUP == 128) return __reduce_max_sync(~0u, x);
 #pragma unroll
-    for (int distance = GROUP / 8; distance > 0; distance /= 2) own = of_pair(own, __shfl_xor_sync(~0u, own, distance));
-    return own;
+    for (int distance = GROUP / 8; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+}
+__device__ inline int of_group_sum(int x) {
+    if (GROUP == 128) return __reduce_add_sync(~0u, x);
+#pragma unroll
+    for (int distance = GROUP / 8; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
 }
 
 // A warp's 128 columns of one slot, a lane's four neighbours in `value`; not-a-number for a group that is not finite.
@@ -29,7 +34,7 @@ __device__ inline void store_digits(const float (&value)[4], int slot, int tile,
     u32 largest = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(fabsf(value[i])));
-    largest = of_group(largest, [](u32 a, u32 b) { return max(a, b); }, [](u32 all) { return __reduce_max_sync(~0u, all); });
+    largest = of_group_max(largest);
     const bool finite = largest < 0x7f800000;
     const float step = finite ? fmaxf(__uint_as_float(largest) / kLargest, kSmallestStep) : __int_as_float(0x7fffffff);
 
@@ -43,7 +48,7 @@ __device__ inline void store_digits(const float (&value)[4], int slot, int tile,
         low |= (u32)(u8)d0 << (8 * i);
         sum += q;
     }
-    sum = of_group(sum, [](int a, int b) { return a + b; }, [](int all) { return __reduce_add_sync(~0u, all); });
+    sum = of_group_sum(sum);
 
     const int in_tile = slot % kTokens, in_step = lane / 8, half = lane % 8 / 4, quad = lane % 4;
     const int token_tile = slot / kTokens, pass = token_tile / pass_tiles;

@@ -3,6 +3,7 @@
 //
 // A warp takes one head of one row, a lane its dimensions lane, lane + 32, ...
 #pragma once
+#include "butterfly.cuh"
 #include "nested.cuh"
 
 #ifndef HEAD_DIM
@@ -13,6 +14,9 @@
 #endif
 #ifndef HAS_BASES  // whether rows may be of sealed formats
 #define HAS_BASES 0
+#endif
+#ifndef FROM_PROJECTION  // whether attention takes queries, and the newest keys and values, as the projection leaves them
+#define FROM_PROJECTION 0
 #endif
 #ifndef PAGE_VALUE  // number type of the pages: 0 float32, 2 bfloat16
 #define PAGE_VALUE 2
@@ -82,24 +86,10 @@ struct HeadFrame {
     }
     // Into the basis of sealed pages: signs, then a butterfly.
     __device__ void rotate(float (&x)[kLaneDims]) const {
-        const int lane = threadIdx.x & 31;
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) x[i] *= signs[i];
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2)
-#pragma unroll
-            for (int i = 0; i < kLaneDims; ++i) {
-                const float other = __shfl_xor_sync(~0u, x[i], distance);
-                x[i] = lane & distance ? other - x[i] : x[i] + other;
-            }
-#pragma unroll
-        for (int span = 1; span < kLaneDims; span *= 2)
-#pragma unroll
-            for (int i = 0; i < kLaneDims; ++i)
-                if ((i & span) == 0) {
-                    const float a = x[i], b = x[i + span];
-                    x[i] = a + b, x[i + span] = a - b;
-                }
+        butterfly_of_lanes<1>(x);
+        butterfly_of_numbers(x);
 #pragma unroll
         for (int i = 0; i < kLaneDims; ++i) x[i] *= __frsqrt_rn((float)HEAD_DIM);
     }

@@ -2,6 +2,7 @@
 // of evenly spaced levels, whose codes are numbers.
 #pragma once
 #include "attention.cuh"
+#include "butterfly.cuh"
 
 #ifndef KEY_BITS  // of the code of an ordered pair of neighbours: 4, 6 or 8; or of two with evenly spaced levels: 16
 #define KEY_BITS 8
@@ -187,23 +188,8 @@ __device__ inline float2 range_at(const u8* place) { return __half22float2(*rein
 // numbers of one vector, kLocal each.
 template <int kLocal, int kFirst>
 __device__ inline void unrotate(float (&x)[kLocal]) {
-#pragma unroll
-    for (int span = 1; span < kLocal; span *= 2)
-#pragma unroll
-        for (int i = 0; i < kLocal; ++i)
-            if ((i & span) == 0) {
-                const float a = x[i], b = x[i + span];
-                x[i] = a + b, x[i + span] = a - b;
-            }
-#pragma unroll
-    for (int distance = kFirst; distance < 32; distance *= 2) {
-        const bool is_upper = threadIdx.x & distance;
-#pragma unroll
-        for (int i = 0; i < kLocal; ++i) {
-            const float other = __shfl_xor_sync(~0u, x[i], distance);
-            x[i] = is_upper ? other - x[i] : x[i] + other;
-        }
-    }
+    butterfly_of_numbers(x);
+    butterfly_of_lanes<kFirst>(x);
 }
 
 }  // namespace nested

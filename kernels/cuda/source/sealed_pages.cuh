@@ -119,7 +119,7 @@ struct SealedPage {
 template <bool kCopied>
 struct OwnPage {
     static constexpr bool kIsWhole = false, kReadsAhead = true;
-    static constexpr int kTilesAhead = 4, kStride = kCopied ? HEAD_DIM + 8 : HEAD_DIM, kCopiedNumbers = 2 * kPage * kStride;
+    static constexpr int kTilesAhead = 4, kStride = kCopied ? HEAD_DIM + 8 : HEAD_DIM;
     struct Values {};
     const __nv_bfloat16 *keys, *values;
     int written;

@@ -1,4 +1,4 @@
-"""Between the projection of queries, keys and values and attention, on an NVIDIA GPU."""
+"""Heads between the projection of queries, keys and values and attention, on an NVIDIA GPU."""
 
 import ctypes
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anybit.kernels.cuda.rotary import LayerBases, ProjectedHeads, RowPlaces, rotate_and_store
+from anybit.kernels.cuda.heads import LayerBases, ProjectedHeads, RowPlaces, rotate_and_store
 from anybit.kernels.portable.hadamard import rotation_signs
 from anybit.kvcache.codec.balance import PageBasis
 

@@ -1,10 +1,11 @@
-"""Which kernel attends to sealed pages, by what there is to do and how much shared memory a GPU has; no GPU is needed."""
+"""How attention is launched, by what there is to do and how much shared memory a GPU has; no GPU is needed."""
 
 import pytest
 import torch
 
 from anybit.kernels.attention_inputs import AttentionSettings, ExactPages
-from anybit.kernels.cuda import sealed_attention
+from anybit.kernels.cuda import attention, sealed_attention
+from anybit.kernels.cuda.attention import attend_splits
 from anybit.kernels.cuda.sealed_attention import SealedTables, attend_sealed_splits
 from anybit.kvcache.codec.balance import PageBasis
 from anybit.kvcache.formats import parse_format
@@ -18,16 +19,19 @@ class Launches:
     """In place of the kernels: what would have been launched."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shared_bytes: int) -> None:
-        self.source, self.threads, self.shared_bytes = "", 0, 0
-        monkeypatch.setattr(sealed_attention, "max_shared_bytes", lambda device: shared_bytes)
+        self.source, self.threads, self.shared_bytes, self.defines = "", 0, 0, {}
         monkeypatch.setattr(sealed_attention, "num_multiprocessors", lambda device: 132)
-        monkeypatch.setattr(sealed_attention, "load_kernel", self._load)
+        for module in (attention, sealed_attention):
+            monkeypatch.setattr(module, "max_shared_bytes", lambda device: shared_bytes)
+            monkeypatch.setattr(module, "load_kernel", self._load)
 
-    def _load(self, source: str, *_: object) -> "Launches":
-        self.source = source
+    def _load(self, source: str, _function: str, defines: tuple[tuple[str, int], ...], *_: object) -> "Launches":
+        self.source, self.defines = source, dict(defines)
         return self
 
-    def launch(self, _grid: object, threads: int, _arguments: object, shared_bytes: int, may_overlap: bool) -> None:
+    def launch(
+        self, _grid: object, threads: int, _arguments: object, shared_bytes: int, may_overlap: bool = True
+    ) -> None:
         self.threads, self.shared_bytes = threads, shared_bytes
 
 
@@ -63,3 +67,14 @@ def test_many_splits_are_streamed_where_there_is_room(monkeypatch):
     assert launches.source == "attend_sealed_splits"
     attend("uniform8/qet4", 64, 128, 256)  # a table, and records as large as they are
     assert launches.source == "attend_sealed_pages"
+
+
+@pytest.mark.parametrize(("shared_bytes", "staged"), [(HOPPER, 1), (137 << 10, 1), (128 << 10, 0), (SMALL, 0)])
+def test_pages_are_copied_where_a_block_has_room_for_all_it_keeps(shared_bytes, staged, monkeypatch):
+    launches = Launches(monkeypatch, shared_bytes)
+    q = torch.empty(1, 1, 4, 128, dtype=torch.bfloat16)
+    pages = torch.empty(5, 1, 64, 128, dtype=torch.bfloat16)
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    attend_splits(q, pages, pages, ids, ids[:, :1], 0.1)
+    assert launches.defines["STAGED"] == staged
+    assert launches.shared_bytes <= shared_bytes
